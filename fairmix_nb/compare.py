@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['METHODS', 'preset', 'compare', 'Comparison', 'show', 'parse_eps']
 
-# %% ../nbs/13_compare.ipynb #c134c7f4
+# %% ../nbs/13_compare.ipynb #31c7e761
 import argparse
 import csv
 import io
 import json
-import math
 import sys
 import time
 from dataclasses import asdict
@@ -57,169 +56,255 @@ METHODS = dict(
     any_mix=dict(pipeline=("attack", "mix"), partner="any"),
 )
 
-# %% ../nbs/13_compare.ipynb #23c15cca
-def preset(data: str,                # a name or folder, as `load` takes it
-           epochs: int | None = None, # None: the preset's
-           ) -> tuple:               # model name, TrainCfg
+# %% ../nbs/13_compare.ipynb #f16031f9
+def preset(
+    data: str,  # a name or folder, as `load` takes it
+    epochs: int | None = None,  # None: the preset's
+) -> tuple:  # model name, TrainCfg
     "The model and recipe for a data set: the paper's, but for the embedded digits"
     if data == "digits":
         epochs = epochs or 30
-        return "small_cnn", TrainCfg(eps=0.1, epochs=epochs, batch=64, lr=3e-3, drop_every=max(1, round(0.62 * epochs)))
+        return "small_cnn", TrainCfg(
+            eps=0.1, epochs=epochs, batch=64, lr=3e-3, drop_every=max(1, round(0.62 * epochs))
+        )
     return "resnet20", TrainCfg(epochs=epochs or 80)
 
-# %% ../nbs/13_compare.ipynb #61e5999b
-def test_attacks(model, data, cfg, attacks, device):
-    "Per attack, the images of each class, how many are wrong, and which (raw errors, in order of class)."
+# %% ../nbs/13_compare.ipynb #7f4db2ef
+def attack_test_part(model, data, cfg, attacks, device):
+    "Per attack: the images of each class, how many are wrong, and which (in order of class)."
     images = data.test.subset(torch.argsort(data.test.y, stable=True)).to(device)
     found = attack_errors(model, images, cfg.eps, attacks, norm=cfg.norm, box=cfg.box)
     count = lambda keep: torch.bincount(images.y[keep], minlength=images.n_cls).tolist()
-    return {name: dict(n=count(slice(None)), wrong=count(wrong), flags=pack_flags(wrong.cpu().numpy()))
-            for name, wrong in found.items()}
+    return {
+        name: dict(n=count(slice(None)), wrong=count(wrong), flags=pack_flags(wrong.cpu().numpy()))
+        for name, wrong in found.items()
+    }
 
-# %% ../nbs/13_compare.ipynb #4e2b48be
+# %% ../nbs/13_compare.ipynb #08055a9e
 def run_one(method, seed, data, cfg, model, attacks, device, folder, progress):
     "Train and attack one method with one seed, or read what a finished run left; a record."
     path = folder / "record.json" if folder else None
     if path and path.exists():
         kept = json.loads(path.read_text())
-        if "attacks" in kept: return kept
-    net, kw = model(data.train.n_cls, data.train.x.shape[1], seed), dict(device=device, progress=progress, watched=10)
-    if callable(method): done = method(net, data, cfg, out=folder, **kw)
+        if "attacks" in kept:
+            return kept
+    make = build if isinstance(model, str) else lambda name, *args: model(*args)
+    net = make(model, data.train.n_cls, data.train.x.shape[1], seed)
+    kw = dict(device=device, progress=progress, watched=10)
+    if callable(method):
+        done = method(net, data, cfg, out=folder, **kw)
     elif folder and ((folder / "last.pt").exists() or (folder / "previous.pt").exists()):
         done = resume_fit(folder, net, data, **kw)
-    else: done = fit(net, data, cfg, out=folder, **kw)
-    record = dict(done.record, kind="run", method=name_of(method), seed=seed, test=data.test.digest(),
-                  attacks=test_attacks(done.model, data, cfg, attacks, device))
-    if path: write_aside(path, json.dumps(record, indent=1))
+    else:
+        done = fit(net, data, cfg, out=folder, **kw)
+    record = dict(
+        done.record,
+        kind="run",
+        method=name_of(method),
+        seed=seed,
+        test=data.test.digest(),
+        attacks=attack_test_part(done.model, data, cfg, attacks, device),
+    )
+    if path:
+        write_aside(path, json.dumps(record, indent=1))
     return record
 
 
 def name_of(method):
     return method if isinstance(method, str) else method.__name__
 
-# %% ../nbs/13_compare.ipynb #f94ded3c
-def compare(data: str | Path | Data = "digits",   # 'digits', 'cifar10', a folder of images, or what `load` returns
-            methods: tuple = tuple(METHODS),      # names of `METHODS`, or callables (model, data, cfg, out=, device=, progress=) -> Fit
-            seeds: tuple = (0, 1, 2),             # of weights, data order and split; without a test part: its three folds
-            *,
-            cfg: TrainCfg | None = None,          # shared recipe; None: `preset`
-            model: str | Callable | None = None,  # a name of `MODELS`, or (n_cls, in_ch, seed) -> module; None: `preset`
-            attacks: tuple = ("clean", "fgsm", "pgd-20"), # weak to strong
-            out: str | Path | None = None,        # folder of records, checkpoints and figure; None: keep nothing
-            device: str = "auto",                 # 'auto', 'cpu' or 'cuda'
-            resume: bool = False,                 # go on in `out`
-            progress: bool = True,                # show bars
-            **load_kw,                            # root, size, per_class, test_per_class of `load`
-            ) -> "Comparison":
-    "Train and attack several methods at equal budget: same images, order, first weights and number of steps"
-    source = data.name if isinstance(data, Data) else str(data)
-    base_model, base_cfg = preset(source)
-    cfg, model, device, out = cfg or base_cfg, model or base_model, pick_device(device), Path(out) if out else None
+# %% ../nbs/13_compare.ipynb #d220b4d2
+def compare(
+    data: str | Path | Data = "digits",  # 'digits', 'cifar10', a folder, or what `load` returns
+    methods: tuple = tuple(METHODS),  # names, or callables (model, data, cfg, **kw of fit) -> Fit
+    seeds: tuple = (0, 1, 2),  # of weights, order and split; folds where there is no test part
+    *,
+    cfg: TrainCfg | None = None,  # shared recipe; None: `preset`
+    model: str | Callable | None = None,  # of `MODELS`, or (n_cls, in_ch, seed) -> module
+    attacks: tuple = ("clean", "fgsm", "pgd-20"),  # weak to strong
+    out: str | Path | None = None,  # folder of records, checkpoints, figure; None: keep nothing
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda'
+    resume: bool = False,  # go on in `out`
+    progress: bool = True,  # show bars
+    **load_kw,  # root, size, per_class, test_per_class of `load`
+) -> "Comparison":
+    "Train and attack several methods at equal budget: same images, order, first weights, steps"
+    base_model, base_cfg = preset(data.name if isinstance(data, Data) else str(data))
+    cfg, model, device, out = (
+        cfg or base_cfg,
+        model or base_model,
+        pick_device(device),
+        out and Path(out),
+    )
     check_call(methods, seeds, attacks, model)
-    parts = lambda seed: data if isinstance(data, Data) else load(data, seed, progress=progress, **load_kw)
-    first = parts(seeds[0])
-    if first.split["rule"] == "thirds" and len({s // 3 for s in seeds}) > 1:
-        raise ValueError(f"{source} has no test part: seeds name the folds of one shuffle, (0, 1, 2) or (3, 4, 5) ..., got {tuple(seeds)}")
-    if cfg.batch > len(first.train):
-        raise ValueError(f"batch must be at most the {len(first.train)} training images, got {cfg.batch}")
-    config = dict(data=first.name, methods=[name_of(m) for m in methods], seeds=list(seeds), attacks=list(attacks),
-                  model=model if isinstance(model, str) else model.__name__, cfg=asdict(cfg), load=load_kw)
-    record = dict(schema=SCHEMA, kind="comparison", config=json.loads(json.dumps(config)), classes=list(first.test.classes),
-                  data=first.describe(), provenance=provenance(device), device=device, runs=[])
-    if out: open_folder(out, record, resume)
-    make = (lambda n_cls, in_ch, seed: build(model, n_cls, in_ch, seed)) if isinstance(model, str) else model
-    start = time.perf_counter()
+    part = lambda seed: (
+        data if isinstance(data, Data) else load(data, seed, progress=progress, **load_kw)
+    )
+    first = part(seeds[0])
+    check_data(first, seeds, cfg)
+    record = new_record(first, methods, seeds, attacks, model, cfg, device, load_kw)
+    if out:
+        open_folder(out, record, resume)
     for seed in seeds:
-        part = first if seed == seeds[0] else parts(seed)
+        images = first if seed == seeds[0] else part(seed)
         for method in methods:
-            mine = replace(cfg, seed=seed, **(METHODS[method] if isinstance(method, str) else {}))
-            folder = out / f"{name_of(method)}-{seed}" if out else None
-            record["runs"].append(run_one(method, seed, part, mine, make, attacks, device, folder, progress))
-    record["seconds"] = round(time.perf_counter() - start, 1)
+            folder = out and out / f"{name_of(method)}-{seed}"
+            mine = replace(cfg, seed=seed, **METHODS.get(method, {}))
+            run = run_one(method, seed, images, mine, model, attacks, device, folder, progress)
+            record["runs"].append(run)
     result = Comparison(record)
-    if out: result.save(out)
+    if out:
+        save_comparison(result, out)
     return result
 
-# %% ../nbs/13_compare.ipynb #631eb2a1
+# %% ../nbs/13_compare.ipynb #e7e3190e
+def check_data(data, seeds, cfg):
+    "Refuse seeds that would test an image twice, and batches larger than the set."
+    if data.split["rule"] == "thirds" and len({s // 3 for s in seeds}) > 1:
+        raise ValueError(
+            f"{data.name} has no test part: seeds name the folds of one shuffle, (0, 1, 2) or "
+            f"(3, 4, 5) ..., got {tuple(seeds)}"
+        )
+    if cfg.batch > len(data.train):
+        raise ValueError(
+            f"batch must be at most the {len(data.train)} training images, got {cfg.batch}"
+        )
+
+
+def new_record(data, methods, seeds, attacks, model, cfg, device, load_kw):
+    "What is asked for, on what, and where: a comparison's record before its first run."
+    config = dict(
+        data=data.name,
+        methods=[name_of(m) for m in methods],
+        seeds=list(seeds),
+        attacks=list(attacks),
+        model=name_of(model),
+        cfg=asdict(cfg),
+        load=load_kw,
+    )
+    return dict(
+        schema=SCHEMA,
+        kind="comparison",
+        config=json.loads(json.dumps(config)),
+        classes=list(data.test.classes),
+        data=data.describe(),
+        provenance=provenance(device),
+        device=device,
+        runs=[],
+    )
+
+# %% ../nbs/13_compare.ipynb #b937403a
 def check_call(methods, seeds, attacks, model):
     "Refuse names and numbers that cannot work."
     for m in methods:
-        if not callable(m): lookup("method", m, METHODS)
-    if isinstance(model, str): lookup("model", model, MODELS)
-    for what, values in [("methods", [name_of(m) for m in methods]), ("seeds", list(seeds)), ("attacks", list(attacks))]:
+        if not callable(m):
+            lookup("method", m, METHODS)
+    if isinstance(model, str):
+        lookup("model", model, MODELS)
+    for what, values in [
+        ("methods", [name_of(m) for m in methods]),
+        ("seeds", list(seeds)),
+        ("attacks", list(attacks)),
+    ]:
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{what} must be at least one and all different, got {values}")
     if any(not isinstance(s, int) or s < 0 for s in seeds):
         raise ValueError(f"seeds must be integers >= 0, got {tuple(seeds)}")
-    strength = [math.inf if parse_attack(a) < 0 else parse_attack(a) for a in attacks]  # fgsm stands between clean and pgd
-    strength = [0.5 if s == math.inf else s for s in strength]
-    if strength != sorted(strength): raise ValueError(f"attacks must go from weak to strong, got {tuple(attacks)}")
+    strength = [{-1: 0.5}.get(parse_attack(a), parse_attack(a)) for a in attacks]
+    if strength != sorted(strength):  # clean 0, fgsm 0.5, pgd its steps
+        raise ValueError(f"attacks must go from weak to strong, got {tuple(attacks)}")
 
 
 def open_folder(out, record, resume):
     "A fresh folder for the record, or the one to go on in: its configuration must be the same."
     path = out / "record.json"
     if not resume:
-        if out.exists(): raise FileExistsError(f"{out} exists: name another folder, or go on in it with resume (--resume)")
+        if out.exists():
+            raise FileExistsError(
+                f"{out} exists: name another folder, or go on in it with resume (--resume)"
+            )
         out.mkdir(parents=True)
         write_aside(path, json.dumps(record, indent=1))
-    elif not path.exists(): raise FileNotFoundError(f"nothing to resume: {path} does not exist")
+    elif not path.exists():
+        raise FileNotFoundError(f"nothing to resume: {path} does not exist")
     else:
         old, new = read_record(path)["config"], record["config"]
         differ = [f"{k} ({old.get(k)} then, {new[k]} now)" for k in new if old.get(k) != new[k]]
-        if differ: raise ValueError(f"{out} was started with another configuration: {'; '.join(differ)}")
+        if differ:
+            raise ValueError(f"{out} was started with another configuration: {'; '.join(differ)}")
 
 
 def read_record(path):
     "A comparison's record, or a sentence that says what the file is instead."
-    try: record = json.loads(Path(path).read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path} is not a record: {e}") from None
-    found = (record.get("schema"), record.get("kind")) if isinstance(record, dict) else type(record).__name__
+    try:
+        record = json.loads(Path(path).read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is not a record: {e}") from None
+    found = (
+        (record.get("schema"), record.get("kind"))
+        if isinstance(record, dict)
+        else type(record).__name__
+    )
     if found != (SCHEMA, "comparison"):
         raise ValueError(f"{path} must be a comparison of schema {SCHEMA}, got {found}")
     return record
 
-# %% ../nbs/13_compare.ipynb #d62f9451
+# %% ../nbs/13_compare.ipynb #3f483167
 @dataclass(frozen=True)
 class Comparison:
     "A finished comparison, read from its record"
-    record: dict # plain data, as in record.json
+
+    record: dict  # plain data, as in record.json
 
     @property
-    def methods(self): return [m for m in self.record["config"]["methods"] if any(r["method"] == m for r in self.record["runs"])]
+    def methods(self):
+        return [
+            m
+            for m in self.record["config"]["methods"]
+            if any(r["method"] == m for r in self.record["runs"])
+        ]
 
     @property
-    def attacks(self): return self.record["config"]["attacks"]
+    def attacks(self):
+        return self.record["config"]["attacks"]
 
-    def flags(self,
-              method: str,               # a name
-              attack: str | None = None, # None: the strongest
-              raw: bool = False,         # this attack's final points alone, instead of the worst case
-              ) -> tuple:                # wrong `(s, n)` (or `(1, n)` over folds), labels `(n,)`
+    def flags(
+        self,
+        method: str,  # a name
+        attack: str | None = None,  # None: the strongest
+        raw: bool = False,  # this attack's final points alone, instead of the worst case
+    ) -> tuple:  # wrong `(s, n)` (or `(1, n)` over folds), labels `(n,)`
         "Which test images are broken, by seed"
         attack = attack or self.attacks[-1]
-        upto = [attack] if raw else self.attacks[:self.attacks.index(attack) + 1]
+        upto = [attack] if raw else self.attacks[: self.attacks.index(attack) + 1]
         runs = [r for r in self.record["runs"] if r["method"] == method]
         sizes = [r["attacks"][attack]["n"] for r in runs]
-        wrong = [worst_case([unpack_flags(r["attacks"][a]["flags"], sum(n)) for a in upto])[-1] for r, n in zip(runs, sizes)]
+        wrong = [
+            worst_case([unpack_flags(r["attacks"][a]["flags"], sum(n)) for a in upto])[-1]
+            for r, n in zip(runs, sizes)
+        ]
         labels = [np.repeat(np.arange(len(n)), n) for n in sizes]
-        if len({r["test"] for r in runs}) == 1: return np.stack(wrong), labels[0]
+        if len({r["test"] for r in runs}) == 1:
+            return np.stack(wrong), labels[0]
         return np.concatenate(wrong)[None], np.concatenate(labels)
 
-    def counts(self, method, attack=None, raw=False) -> tuple: # errors `(C,)` (a mean over seeds), images `(C,)`
+    def counts(
+        self, method, attack=None, raw=False
+    ) -> tuple:  # errors `(C,)` (a mean over seeds), images `(C,)`
         "Errors and images of each class"
         wrong, y = self.flags(method, attack, raw)
         n = np.bincount(y, minlength=len(self.record["classes"]))
         return np.nan_to_num(classwise_risk(wrong, y, len(n)).mean(0)) * n, n
 
-    def risks(self, method, attack=None, raw=False) -> np.ndarray: # `(C,)`
+    def risks(self, method, attack=None, raw=False) -> np.ndarray:  # `(C,)`
         "Risk of each class: the mean over seeds"
         wrong, y = self.flags(method, attack, raw)
         return classwise_risk(wrong, y, len(self.record["classes"])).mean(0)
 
-    def __str__(self): return "\n\n".join([self.header(), self.table(), self.summary(), self.paired(), *self.notes()])
-
-    def save(self, out): save_comparison(self, Path(out))
+    def __str__(self):
+        return "\n\n".join(
+            [self.header(), self.table(), self.summary(), self.paired(), *self.notes()]
+        )
 
     header = lambda self: header(self)
     table = lambda self, attack=None: class_table(self, attack)
@@ -228,7 +313,7 @@ class Comparison:
     plot = lambda self, attack=None: class_plot(self, attack)
     notes = lambda self: warnings_of(self)
 
-# %% ../nbs/13_compare.ipynb #b7366344
+# %% ../nbs/13_compare.ipynb #6853c686
 def short(p):
     "A share as .123 (1.00 for one)."
     return "1.00" if p >= 0.9995 else f"{p:.3f}"[1:]
@@ -237,70 +322,101 @@ def short(p):
 def columns(rows, gap="  "):
     "Rows of text as aligned columns: the first to the left, the others to the right."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [gap.join([r[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(r[1:], widths[1:]))]) for r in rows]
+    lines = [
+        gap.join([r[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(r[1:], widths[1:]))])
+        for r in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
-# %% ../nbs/13_compare.ipynb #8b01a6a1
+# %% ../nbs/13_compare.ipynb #4f44773f
 def header(c):
     "What was compared, on what, how long it took."
-    r, data, cfg = c.record, c.record["data"], c.record["config"]["cfg"]
-    n = int(c.counts(c.methods[0])[1].sum())
-    where = r["provenance"]["gpu"] or f"{r['provenance']['cpu']}, {r['provenance']['threads']} threads"
-    seconds = sum(run["seconds"] for run in r["runs"])
-    return (f"{data['name']}: {len(c.methods)} methods x {len(r['config']['seeds'])} seeds, {r['config']['model']}, eps {cfg['eps']:.4g}, "
-            f"{cfg['epochs']} epochs,\n{data['sizes']['train']} training and {n} test images; "
-            f"{seconds:.0f} s of training on {where}")
+    r, data, cfg = c.record, c.record["data"], c.record["config"]
+    n, origin = int(c.counts(c.methods[0])[1].sum()), r["provenance"]
+    where = origin["gpu"] or f"{origin['cpu']}, {origin['threads']} threads"
+    seconds, eps = sum(run["seconds"] for run in r["runs"]), cfg["cfg"]["eps"]
+    return (
+        f"{data['name']}: {len(c.methods)} methods x {len(cfg['seeds'])} seeds, {cfg['model']}, "
+        f"eps {eps:.4g} ({cfg['cfg']['norm']}), {cfg['cfg']['epochs']} epochs\n"
+        f"{data['sizes']['train']} training and {n} test images; "
+        f"{seconds:.0f} s of training on {where}"
+    )
 
-# %% ../nbs/13_compare.ipynb #0474a3f5
+# %% ../nbs/13_compare.ipynb #6b92063e
 def class_table(c, attack=None):
-    "Classes x methods: risk under `attack` with exact 95 % intervals; the worst class with a simultaneous one."
+    "Classes x methods: risk and exact 95 % interval; a simultaneous one for the worst class."
     attack, names = attack or c.attacks[-1], c.record["classes"]
+
     def cells(method):
         k, n = c.counts(method, attack)
         p, (lo, hi) = c.risks(method, attack), exact_interval(k, n)
-        body = [f"{short(p[i])} {short(lo[i])}-{short(hi[i])}" if n[i] else "no images" for i in range(len(n))]
+        body = [
+            f"{short(p[i])} {short(lo[i])}-{short(hi[i])}" if n[i] else "no images"
+            for i in range(len(n))
+        ]
         low, high = worst_interval(k, n)
-        return [method, *body, f"{short(np.nanmax(p))} {short(low)}-{short(high)}", names[int(np.nanargmax(p))]]
+        return [
+            method,
+            *body,
+            f"{short(np.nanmax(p))} {short(low)}-{short(high)}",
+            names[int(np.nanargmax(p))],
+        ]
+
     labels = [f"{attack} risk", *(name[:12] for name in names), "worst class", "its name"]
     return columns(list(zip(labels, *(cells(m) for m in c.methods))))
 
-# %% ../nbs/13_compare.ipynb #d6e08673
+# %% ../nbs/13_compare.ipynb #56b627b2
 def summary_table(c):
-    "Methods x (avg, std, min, max) over the classes, per attack: the columns of the paper's Table I."
+    "Methods x (avg, std, min, max) over the classes, per attack: the paper's Table I."
     parts = ("avg", "std", "min", "max")
-    head = [["risk", *(a if p == "avg" else "" for a in c.attacks for p in parts)], ["", *(p for _ in c.attacks for p in parts)]]
-    body = [[m, *(short(summary(c.risks(m, a))[p]) for a in c.attacks for p in parts)] for m in c.methods]
+    head = [
+        ["risk", *(a if p == "avg" else "" for a in c.attacks for p in parts)],
+        ["", *(p for _ in c.attacks for p in parts)],
+    ]
+    body = [
+        [m, *(short(summary(c.risks(m, a))[p]) for a in c.attacks for p in parts)]
+        for m in c.methods
+    ]
     return columns(head + body)
 
-# %% ../nbs/13_compare.ipynb #4342cc80
+# %% ../nbs/13_compare.ipynb #2380205d
 def paired_table(c, baseline=None, attack=None):
-    "Each method minus `baseline` on the same images: worst-class and average risk, paired bootstrap."
+    "Each method minus `baseline` on the same images: paired bootstrap."
     attack = attack or c.attacks[-1]
     baseline = baseline or ("at" if "at" in c.methods else c.methods[0])
     lookup("baseline", baseline, dict.fromkeys(c.methods))
     rows = [[f"minus {baseline}", f"worst class, {attack}", f"average, {attack}"]]
     for method in c.methods:
-        if method == baseline: continue
+        if method == baseline:
+            continue
         (a, y), (b, _), cell = c.flags(baseline, attack), c.flags(method, attack), []
         for statistic in (lambda r: np.nanmax(r, -1), lambda r: np.nanmean(r, -1)):
-            d = paired_bootstrap(a, b, y, len(c.record["classes"]), statistic, rng=np.random.default_rng(0))
+            d = paired_bootstrap(
+                a, b, y, len(c.record["classes"]), statistic, rng=np.random.default_rng(0)
+            )
             cell.append(f"{d.diff:+.3f} [{d.lo:+.3f}, {d.hi:+.3f}]")
         rows.append([method, *cell])
     return columns(rows)
 
-# %% ../nbs/13_compare.ipynb #38f5b081
+# %% ../nbs/13_compare.ipynb #f9643ae8
 def warnings_of(c):
     "Sentences about what looks wrong: leaking labels, overfitting to FGSM, few seeds."
-    out = []
+    out, last = [], c.attacks[-1]
     for m in c.methods if {"clean", "fgsm"} <= set(c.attacks) else ():
-        clean, fgsm, last = (np.nanmean(c.risks(m, a, raw=True)) for a in ("clean", "fgsm", c.attacks[-1]))
-        if fgsm < clean: out.append(f"{m}: FGSM leaves fewer errors ({short(fgsm)}) than no attack ({short(clean)}): the perturbation carries the label.")
-        if last - fgsm > 0.2: out.append(f"{m}: FGSM breaks {short(fgsm)}, {c.attacks[-1]} breaks {short(last)}: overfitted to the single step; FGSM numbers mean nothing here.")
-    seeds = len(c.record["config"]["seeds"])
-    if seeds < 5: out.append(f"Intervals cover the draw of the test images; with {seeds} seed{'s'[:seeds > 1]} the variation between trainings is hardly in them.")
+        clean, fgsm, strong = (np.nanmean(c.risks(m, a, raw=True)) for a in ("clean", "fgsm", last))
+        found = f"{m}: clean {short(clean)}, FGSM {short(fgsm)}, {last} {short(strong)}: "
+        if fgsm < clean:
+            out.append(found + "FGSM below clean, the perturbation carries the label.")
+        if strong - fgsm > 0.2:
+            out.append(found + "overfitted to one step, its FGSM risk means nothing.")
+    if len(c.record["config"]["seeds"]) < 5:
+        out.append(
+            "The intervals cover the draw of the test images; with so few seeds the variation\n"
+            "between trainings is hardly in them."
+        )
     return out
 
-# %% ../nbs/13_compare.ipynb #04189243
+# %% ../nbs/13_compare.ipynb #f20a4317
 def class_plot(c, attack=None):
     "Risk of every class under `attack` with its exact interval, a colour per method."
     attack, n_cls, m = attack or c.attacks[-1], len(c.record["classes"]), len(c.methods)
@@ -310,46 +426,73 @@ def class_plot(c, attack=None):
         k, n = c.counts(method, attack)
         p, (lo, hi) = c.risks(method, attack), exact_interval(k, n)
         at = np.arange(n_cls) + (i - (m - 1) / 2) * 0.8 / m
-        ax.errorbar(at, p, [np.clip(p - lo, 0, None), np.clip(hi - p, 0, None)], fmt="o", ms=3, lw=1, color=f"C{i}", label=method)
+        ax.errorbar(
+            at,
+            p,
+            [np.clip(p - lo, 0, None), np.clip(hi - p, 0, None)],
+            fmt="o",
+            ms=3,
+            lw=1,
+            color=f"C{i}",
+            label=method,
+        )
     ax.set(ylabel=f"{attack} risk", ylim=(0, 1), xlim=(-0.6, n_cls - 0.4))
-    ax.set_xticks(range(n_cls), [name[:10] for name in c.record["classes"]], rotation=30 if n_cls > 5 else 0)
-    for edge in np.arange(n_cls - 1) + 0.5: ax.axvline(edge, color="0.9", lw=0.8, zorder=0)
+    ax.set_xticks(
+        range(n_cls), [name[:10] for name in c.record["classes"]], rotation=30 if n_cls > 5 else 0
+    )
+    for edge in np.arange(n_cls - 1) + 0.5:
+        ax.axvline(edge, color="0.9", lw=0.8, zorder=0)
     fig.legend(ncols=min(m, 6), frameon=False, fontsize=8, loc="outside upper center")
     return fig
 
-# %% ../nbs/13_compare.ipynb #34be3d80
+# %% ../nbs/13_compare.ipynb #1150273a
 def save_comparison(c, out):
     "record.json, curves.csv and figure.png in `out`."
     write_aside(out / "record.json", json.dumps(c.record, indent=1))
     text, names = io.StringIO(), ["method", "seed", "epoch", "loss", "lr", "clean", "fgsm", "pgd-5"]
     table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
-    table.writerows(dict(row, method=r["method"], seed=r["seed"]) for r in c.record["runs"] for row in r["curves"])
+    table.writerows(
+        dict(row, method=r["method"], seed=r["seed"])
+        for r in c.record["runs"]
+        for row in r["curves"]
+    )
     write_aside(out / "curves.csv", text.getvalue())
     picture = io.BytesIO()
     c.plot().savefig(picture)
     write_aside(out / "figure.png", picture.getvalue())
 
-# %% ../nbs/13_compare.ipynb #e387f2d9
-def show(folder: str | Path, # of a comparison, or its record.json
-         ) -> Comparison:    # from the record alone
+# %% ../nbs/13_compare.ipynb #482afae2
+def show(
+    folder: str | Path,  # of a comparison, or its record.json
+) -> Comparison:  # from the record alone
     "Read a finished comparison"
     path = Path(folder) / "record.json" if Path(folder).is_dir() else Path(folder)
-    if not path.exists(): raise FileNotFoundError(f"no comparison there: {path} does not exist")
+    if not path.exists():
+        raise FileNotFoundError(f"no comparison there: {path} does not exist")
     found = Comparison(read_record(path))
-    if not found.record["runs"]: raise ValueError(f"{path} holds no finished run yet: go on with --resume")
+    if not found.record["runs"]:
+        raise ValueError(f"{path} holds no finished run yet: go on with --resume")
     return found
 
-# %% ../nbs/13_compare.ipynb #cf1439eb
-def parse_eps(text: str,  # '8/255', '0.1'
-              ) -> float: # in [0, 1]
+# %% ../nbs/13_compare.ipynb #821c77ee
+def parse_eps(
+    text: str,  # '8/255', '0.1'
+) -> float:  # in [0, 1]
     "A radius in pixel units, from a number or a fraction"
-    try: eps = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError): raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}") from None
-    if not 0 <= eps <= 1: raise ValueError(f"eps must lie in [0, 1] (pixel units; 8/255 is the usual one), got {text}")
+    try:
+        eps = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"eps must be a number or a fraction such as 8/255, got {text!r}"
+        ) from None
+    if not 0 <= eps <= 1:
+        raise ValueError(
+            f"eps must lie in [0, 1] (pixel units; 8/255 is the usual one), got {text}"
+        )
     return eps
 
-# %% ../nbs/13_compare.ipynb #d3c52b7f
+# %% ../nbs/13_compare.ipynb #a687df20
 EXAMPLE = """examples:
   fairmix                                   six methods on scikit-learn's digits, about a minute
   fairmix compare --data ~/photos --eps 4/255 --epochs 20 --seeds 0 1 2 --out runs/photos
@@ -360,13 +503,27 @@ A folder holds train/CLASS/*.png and test/CLASS/*.png, or just CLASS/*.png."""
 
 def parser():
     "The arguments of `fairmix`."
-    top = argparse.ArgumentParser(prog="fairmix", description="Class-by-class robustness of training methods at equal budget.",
-                                  epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="fairmix",
+        description="Class-by-class robustness of training methods at equal budget.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     sub = top.add_subparsers(dest="command")
-    a = sub.add_parser("compare", help="train and attack several methods", epilog=EXAMPLE,
-                       formatter_class=argparse.RawDescriptionHelpFormatter).add_argument
+    a = sub.add_parser(
+        "compare",
+        help="train and attack several methods",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).add_argument
     a("--data", default="digits", help="digits, cifar10 or a folder of images (default: digits)")
-    a("--methods", nargs="+", default=list(METHODS), metavar="M", help=", ".join(METHODS) + " (default: all)")
+    a(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="M",
+        help=", ".join(METHODS) + " (default: all)",
+    )
     a("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     a("--eps", help="radius in pixel units, 8/255 or 0.1 (default: 0.1 for digits, else 8/255)")
     a("--epochs", type=int, help="default: 30 for digits, else 80")
@@ -381,16 +538,33 @@ def parser():
     sub.add_parser("show", help="print and draw a finished comparison").add_argument("folder")
     return top
 
-# %% ../nbs/13_compare.ipynb #00eccf12
+# %% ../nbs/13_compare.ipynb #de91e465
 def run_compare(args):
     "The comparison that the arguments ask for."
-    given = dict(epochs=args.epochs, batch=args.batch, eps=None if args.eps is None else parse_eps(args.eps))
-    if args.epochs is not None and args.epochs < 1: raise ValueError(f"epochs must be at least 1, got {args.epochs}")
-    cfg = replace(preset(args.data, args.epochs)[1], **{k: v for k, v in given.items() if v is not None})
+    given = dict(
+        epochs=args.epochs, batch=args.batch, eps=None if args.eps is None else parse_eps(args.eps)
+    )
+    if args.epochs is not None and args.epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {args.epochs}")
+    cfg = replace(
+        preset(args.data, args.epochs)[1], **{k: v for k, v in given.items() if v is not None}
+    )
     out = args.out or Path("runs") / f"{Path(args.data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if args.resume and not args.out: raise ValueError("--resume needs --out, the folder to go on in")
-    result = compare(args.data, args.methods, args.seeds, cfg=cfg, model=args.model, out=out, device=args.device, resume=args.resume,
-                     per_class=args.subset, test_per_class=args.test_subset, size=args.size)
+    if args.resume and not args.out:
+        raise ValueError("--resume needs --out, the folder to go on in")
+    result = compare(
+        args.data,
+        args.methods,
+        args.seeds,
+        cfg=cfg,
+        model=args.model,
+        out=out,
+        device=args.device,
+        resume=args.resume,
+        per_class=args.subset,
+        test_per_class=args.test_subset,
+        size=args.size,
+    )
     return result, out
 
 
@@ -401,8 +575,10 @@ def main(argv: list | None = None) -> int:
     try:
         if args.command == "show":
             result, out = show(args.folder), Path(args.folder)
-            if out.is_dir(): result.save(out)
-        else: result, out = run_compare(args)
+            if out.is_dir():
+                save_comparison(result, out)
+        else:
+            result, out = run_compare(args)
         print(f"{result}\n\nrecords, curves and figure: {out}")
         return 0
     except KeyboardInterrupt as e:

@@ -49,38 +49,46 @@ from .mixup import sample_lam
 from .mixup import sample_weights
 from .models import fold_batchnorm
 
-# %% ../nbs/11_train.ipynb #56012913
+# %% ../nbs/11_train.ipynb #26b6cbe8
 PIPELINES = ((), ("mix",), ("attack",), ("attack", "mix"), ("mix", "attack"))
-CHOICES = dict(pipeline=PIPELINES, partner=("batch", "set", "any"), lam_per=("sample", "batch"),
-               attack=("fgsm", "pgd"), norm=("linf", "l2"), bn_attack=("train", "train_frozen", "eval"),
-               optimizer=("adam", "sgd"), augment=("none", "crop_flip"))
+CHOICES = dict(
+    pipeline=PIPELINES,
+    partner=("batch", "set", "any"),
+    lam_per=("sample", "batch"),
+    attack=("fgsm", "pgd"),
+    norm=("linf", "l2"),
+    bn_attack=("train", "train_frozen", "eval"),
+    optimizer=("adam", "sgd"),
+    augment=("none", "crop_flip"),
+)
 
-# %% ../nbs/11_train.ipynb #6f27c106
+# %% ../nbs/11_train.ipynb #fc262adc
 @dataclass(frozen=True)
 class TrainCfg:
     "What defines a training method; the defaults are the paper's CIFAR-10 recipe (Section III)"
-    pipeline: tuple = ("attack",)      # steps before the loss, in order: one of `PIPELINES`
-    partner: str = "batch"             # mix with the same class in the 'batch' or whole 'set', or with 'any' class
-    k: int = 2                         # images in a mixture, >= 2
-    law: object = "uniform"            # of lambda: a number, 'uniform', or ('beta', 2, 2): a SciPy name, parameters
-    lam_per: str = "sample"            # one lambda per 'sample' or per 'batch'
-    attack: str = "fgsm"               # 'fgsm' (one step, zero start) or 'pgd' (random start, last iterate)
-    steps: int = 7                     # of pgd
-    step_size: float | None = None     # of pgd, pixel units; None: 2.5 eps / steps
-    eps: float | tuple = 8 / 255       # radius in pixel units of [0, 1]; a tuple: one per channel
-    norm: str = "linf"                 # 'linf' or 'l2'
-    box: tuple | None = (0.0, 1.0)     # valid range of a pixel; None: none
-    bn_attack: str = "train"           # BatchNorm while attacking: 'train', 'train_frozen', 'eval'
-    epochs: int = 80                   # passes over the training set
-    batch: int = 256                   # images a step
-    optimizer: str = "adam"            # 'adam', or 'sgd' with momentum 0.9
-    lr: float = 1e-3                   # learning rate of the first epoch
-    weight_decay: float = 0.0          # L2 penalty
-    drop_every: int = 50               # epochs between two drops of the learning rate
-    drop: float = 0.1                  # the factor of a drop
-    augment: str = "none"              # 'none' or 'crop_flip'
-    class_weights: tuple | None = None # weight of each class in the loss
-    seed: int = 0                      # of data order, mixing, random starts, augmentation
+
+    pipeline: tuple = ("attack",)  # steps before the loss, in order: one of `PIPELINES`
+    partner: str = "batch"  # same class, in the 'batch' or the whole 'set'; or 'any' class
+    k: int = 2  # images in a mixture, >= 2
+    law: object = "uniform"  # of lambda: a number, 'uniform', or SciPy's ('beta', 2, 2)
+    lam_per: str = "sample"  # one lambda per 'sample' or per 'batch'
+    attack: str = "fgsm"  # 'fgsm' (one step, zero start) or 'pgd' (random start, last iterate)
+    steps: int = 7  # of pgd
+    step_size: float | None = None  # of pgd, pixel units; None: 2.5 eps / steps
+    eps: float | tuple = 8 / 255  # radius in pixel units of [0, 1]; a tuple: one per channel
+    norm: str = "linf"  # 'linf' or 'l2'
+    box: tuple | None = (0.0, 1.0)  # valid range of a pixel; None: none
+    bn_attack: str = "train"  # BatchNorm while attacking: 'train', 'train_frozen', 'eval'
+    epochs: int = 80  # passes over the training set
+    batch: int = 256  # images a step
+    optimizer: str = "adam"  # 'adam', or 'sgd' with momentum 0.9
+    lr: float = 1e-3  # learning rate of the first epoch
+    weight_decay: float = 0.0  # L2 penalty
+    drop_every: int = 50  # epochs between two drops of the learning rate
+    drop: float = 0.1  # the factor of a drop
+    augment: str = "none"  # 'none' or 'crop_flip'
+    class_weights: tuple | None = None  # weight of each class in the loss
+    seed: int = 0  # of data order, mixing, random starts, augmentation
 
     def __post_init__(self):
         for name in ("pipeline", "law", "eps", "box", "class_weights"):  # JSON knows lists only
@@ -88,7 +96,10 @@ class TrainCfg:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, valid))}, "
+                    f"got {getattr(self, name)!r}"
+                )
         for name, low in dict(k=2, steps=1, epochs=1, batch=1, drop_every=1).items():
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= low):
                 raise ValueError(f"{name} must be an integer >= {low}, got {getattr(self, name)!r}")
@@ -105,63 +116,82 @@ class TrainCfg:
             raise ValueError(f"lam_per 'batch' mixes pairs: k must be 2, got {self.k}")
         law_of(self.law)
 
-# %% ../nbs/11_train.ipynb #b0dba19f
+# %% ../nbs/11_train.ipynb #a4f5a426
 def law_of(law):
     "The law of lambda that `sample_lam` takes, from its plain form in a configuration."
     if isinstance(law, tuple):
         if not law or not hasattr(getattr(scipy.stats, str(law[0]), None), "ppf"):
-            raise ValueError(f"law must be a number, 'uniform' or (SciPy name, parameters ...), got {law!r}")
+            raise ValueError(
+                f"law must be a number, 'uniform' or (SciPy name, parameters ...), got {law!r}"
+            )
         law = getattr(scipy.stats, law[0])(*law[1:])
     sample_lam(law, (), torch.Generator().manual_seed(0))  # refuses what it cannot draw
     return law
 
-# %% ../nbs/11_train.ipynb #9d7bc5f7
+# %% ../nbs/11_train.ipynb #9bca53da
 @contextlib.contextmanager
-def bn_mode(model: nn.Module,  # in training mode
-            mode: str,         # 'train', 'train_frozen' or 'eval'
-            ):
+def bn_mode(
+    model: nn.Module,  # in training mode
+    mode: str,  # 'train', 'train_frozen' or 'eval'
+):
     "BatchNorm behaves as `mode` says inside the block, as in training after it"
-    if mode == "eval": model.eval()
+    if mode == "eval":
+        model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [m.track_running_stats for m in norms]
     try:
         if mode == "train_frozen":
-            for m in norms: m.track_running_stats = False
+            for m in norms:
+                m.track_running_stats = False
         yield
     finally:
-        for m, was in zip(norms, before): m.track_running_stats = was
-        if mode == "eval": model.train()
+        for m, was in zip(norms, before):
+            m.track_running_stats = was
+        if mode == "eval":
+            model.train()
 
-# %% ../nbs/11_train.ipynb #bf684e01
+# %% ../nbs/11_train.ipynb #5f6dbc30
 def as_eps(eps, x):
-    "The radius as `fgsm` and `pgd` take it: a number, or `(1, c, 1, 1)` from one number per channel."
-    return torch.tensor(eps, device=x.device, dtype=x.dtype).view(1, -1, 1, 1) if isinstance(eps, tuple) else eps
+    "The radius as the attacks take it: a number, or `(1, c, 1, 1)` from one per channel."
+    return (
+        torch.tensor(eps, device=x.device, dtype=x.dtype).view(1, -1, 1, 1)
+        if isinstance(eps, tuple)
+        else eps
+    )
 
 
-def attack_step(model: nn.Module,           # logits for x in [0, 1]
-                x: Tensor,                  # `(n, c, h, w)`
-                y: Tensor,                  # `(n,)` labels or `(n, C)` class probabilities
-                cfg: TrainCfg,              # attack, eps, steps, step_size, norm, box, bn_attack
-                generator: torch.Generator, # of the random start
-                ) -> Tensor:                # `(n, c, h, w)`
+def attack_step(
+    model: nn.Module,  # logits for x in [0, 1]
+    x: Tensor,  # `(n, c, h, w)`
+    y: Tensor,  # `(n,)` labels or `(n, C)` class probabilities
+    cfg: TrainCfg,  # attack, eps, steps, step_size, norm, box, bn_attack
+    generator: torch.Generator,  # of the random start
+) -> Tensor:  # `(n, c, h, w)`
     "Attacked images, eq. (3)'s inner maximum as training approximates it"
     eps, common = as_eps(cfg.eps, x), dict(norm=cfg.norm, box=cfg.box, check=False)
     with bn_mode(model, cfg.bn_attack):
-        if cfg.attack == "fgsm": return fgsm(model, x, y, eps, **common)
-        return pgd(model, x, y, eps, cfg.steps, cfg.step_size, keep="last", generator=generator, **common)
+        if cfg.attack == "fgsm":
+            return fgsm(model, x, y, eps, **common)
+        return pgd(
+            model, x, y, eps, cfg.steps, cfg.step_size, keep="last", generator=generator, **common
+        )
 
-# %% ../nbs/11_train.ipynb #dd4d0850
-def mix_step(x: Tensor,                  # `(n, c, h, w)`; `(k n, c, h, w)` with partner 'set': images, then partners
-             y: Tensor,                  # `(n,)`; `(k n,)` with partner 'set'
-             cfg: TrainCfg,              # partner, k, law, lam_per
-             n_cls: int,                 # classes
-             generator: torch.Generator, # of lambda and the partners
-             ) -> tuple:                 # mixtures `(n, c, h, w)`, labels `(n,)` or class probabilities `(n, C)`
+# %% ../nbs/11_train.ipynb #e81d64e1
+def mix_step(
+    x: Tensor,  # `(n, c, h, w)`; `(k n, c, h, w)` with partner 'set': images, then partners
+    y: Tensor,  # `(n,)`; `(k n,)` with partner 'set'
+    cfg: TrainCfg,  # partner, k, law, lam_per
+    n_cls: int,  # classes
+    generator: torch.Generator,  # of lambda and the partners
+) -> tuple:  # mixtures `(n, c, h, w)`, labels `(n,)` or class probabilities `(n, C)`
     "Mixtures of `k` images of a class, eq. (9), or of any two images as a control"
     law, n = law_of(cfg.law), len(x) // (cfg.k if cfg.partner == "set" else 1)
-    if cfg.k > 2: lam = sample_weights(law, n, cfg.k, generator)
-    else: lam = sample_lam(law, () if cfg.lam_per == "batch" else (n,), generator).expand(n)
-    if cfg.partner == "batch": return same_class_mixup(x, y, lam, n_cls, generator), y
+    if cfg.k > 2:
+        lam = sample_weights(law, n, cfg.k, generator)
+    else:
+        lam = sample_lam(law, () if cfg.lam_per == "batch" else (n,), generator).expand(n)
+    if cfg.partner == "batch":
+        return same_class_mixup(x, y, lam, n_cls, generator), y
     weights = lam if cfg.k > 2 else torch.stack([lam, 1 - lam], 1)
     if cfg.partner == "set":
         x, *others = x.split(n)
@@ -170,14 +200,15 @@ def mix_step(x: Tensor,                  # `(n, c, h, w)`; `(k n, c, h, w)` with
     one_hot = F.one_hot(y, n_cls).to(x.dtype)
     return mix(x, [x[j]], weights), mix(one_hot, [one_hot[j]], weights)
 
-# %% ../nbs/11_train.ipynb #6dfd3955
-def training_batch(model: nn.Module,  # in training mode
-                   images: ImageSet,  # the training set
-                   idx: Tensor,       # `(n,)` images of this step
-                   cfg: TrainCfg,     # the method
-                   streams: dict,     # generators by name, see `make_streams`
-                   table: ClassTable | None = None, # for partner 'set'
-                   ) -> tuple:        # images, labels or probabilities, gradient evaluations spent
+# %% ../nbs/11_train.ipynb #1fb87362
+def training_batch(
+    model: nn.Module,  # in training mode
+    images: ImageSet,  # the training set
+    idx: Tensor,  # `(n,)` images of this step
+    cfg: TrainCfg,  # the method
+    streams: dict,  # generators by name, see `make_streams`
+    table: ClassTable | None = None,  # for partner 'set'
+) -> tuple:  # images, labels or probabilities, gradient evaluations spent
     "What the loss sees at one step: the pipeline, applied"
     if cfg.partner == "set" and "mix" in cfg.pipeline:
         idx = torch.cat([idx, *table.partners(idx, cfg.k, streams["mix"])])
@@ -190,38 +221,42 @@ def training_batch(model: nn.Module,  # in training mode
             x, y = mix_step(x, y, cfg, images.n_cls, streams["mix"])
     return x, y, spent + len(x)
 
-# %% ../nbs/11_train.ipynb #ab3e45fe
+# %% ../nbs/11_train.ipynb #c9e60f18
 STREAMS = ("order", "mix", "attack", "augment")
 
 
-def make_streams(seed: int,        # of the run
-                 device: str = "cpu", # where the data lives
-                 ) -> dict:        # generators by name
+def make_streams(
+    seed: int,  # of the run
+    device: str = "cpu",  # where the data lives
+) -> dict:  # generators by name
     "Independent random streams: methods that draw differently still see the same data order"
     seeds = np.random.SeedSequence(seed).generate_state(len(STREAMS))
     return {name: torch.Generator(device).manual_seed(int(s)) for name, s in zip(STREAMS, seeds)}
 
-# %% ../nbs/11_train.ipynb #5852d3b9
-def parse_attack(name: str,  # 'clean', 'fgsm' or 'pgd-STEPS', for example 'pgd-20'
-                 ) -> int:   # gradient steps; 0: none; -1: fgsm
+# %% ../nbs/11_train.ipynb #f0774936
+def parse_attack(
+    name: str,  # 'clean', 'fgsm' or 'pgd-STEPS', for example 'pgd-20'
+) -> int:  # gradient steps; 0: none; -1: fgsm
     "The steps of an attack given by name"
-    if name in ("clean", "fgsm"): return 0 if name == "clean" else -1
+    if name in ("clean", "fgsm"):
+        return 0 if name == "clean" else -1
     kind, _, steps = name.partition("-")
     if kind != "pgd" or not steps.isdigit() or int(steps) < 1:
         raise ValueError(f"an attack must be 'clean', 'fgsm' or 'pgd-STEPS', got {name!r}")
     return int(steps)
 
-# %% ../nbs/11_train.ipynb #c760870b
-def attack_errors(model: nn.Module,    # logits for x in [0, 1]
-                  images: ImageSet,    # `n` images
-                  eps,                 # radius, pixel units: a number or one per channel
-                  attacks: tuple = ("clean", "fgsm", "pgd-20"), # see `parse_attack`
-                  *,
-                  norm: str = "linf",  # 'linf' or 'l2'
-                  box: tuple | None = (0.0, 1.0), # valid range of a pixel
-                  seed: int = 0,       # of the random starts
-                  batch: int = 512,    # images at a time
-                  ) -> dict:           # attack -> `(n,)` bool: wrong at the attack's final point (raw errors)
+# %% ../nbs/11_train.ipynb #6bdbada2
+def attack_errors(
+    model: nn.Module,  # logits for x in [0, 1]
+    images: ImageSet,  # `n` images
+    eps,  # radius, pixel units: a number or one per channel
+    attacks: tuple = ("clean", "fgsm", "pgd-20"),  # see `parse_attack`
+    *,
+    norm: str = "linf",  # 'linf' or 'l2'
+    box: tuple | None = (0.0, 1.0),  # valid range of a pixel
+    seed: int = 0,  # of the random starts
+    batch: int = 512,  # images at a time
+) -> dict:  # attack -> `(n,)` bool: wrong at the attack's final point (raw errors)
     "Which images each attack breaks; PGD keeps its best iterate, BatchNorm is in evaluation mode"
     steps = {name: parse_attack(name) for name in attacks}
     net = fold_batchnorm(model).to(memory_format=torch.channels_last)
@@ -231,72 +266,114 @@ def attack_errors(model: nn.Module,    # logits for x in [0, 1]
         x, y = images.floats(idx).contiguous(memory_format=torch.channels_last), images.y[idx]
         common = dict(norm=norm, box=box, check=False)
         for name, n in steps.items():
-            if n > 0: z = pgd(net, x, y, as_eps(eps, x), n, generator=generator, **common)
-            else: z = fgsm(net, x, y, as_eps(eps, x), **common) if n else x
-            with torch.no_grad(): wrong[name].append(net(z).argmax(1) != y)
+            if n > 0:
+                z = pgd(net, x, y, as_eps(eps, x), n, generator=generator, **common)
+            else:
+                z = fgsm(net, x, y, as_eps(eps, x), **common) if n else x
+            with torch.no_grad():
+                wrong[name].append(net(z).argmax(1) != y)
     return {name: torch.cat(parts) for name, parts in wrong.items()}
 
-# %% ../nbs/11_train.ipynb #46993090
+# %% ../nbs/11_train.ipynb #a15b5112
 def spread_subset(images, most):
     "At most `most` images, all classes alike: evenly spaced in the order of the labels."
     order = torch.argsort(images.y, stable=True)
-    keep = torch.linspace(0, len(order) - 1, min(most, len(order)), device=order.device).round().long()
+    keep = (
+        torch.linspace(0, len(order) - 1, min(most, len(order)), device=order.device).round().long()
+    )
     return images.subset(order[keep])
 
 
 def watch(model, images, cfg):
     "Mean clean, FGSM and PGD-5 risk over `images`."
-    found = attack_errors(model, images, cfg.eps, ("clean", "fgsm", "pgd-5"), norm=cfg.norm, box=cfg.box)
+    found = attack_errors(
+        model, images, cfg.eps, ("clean", "fgsm", "pgd-5"), norm=cfg.norm, box=cfg.box
+    )
     return {name: wrong.float().mean().item() for name, wrong in found.items()}
 
-# %% ../nbs/11_train.ipynb #7167b259
+# %% ../nbs/11_train.ipynb #61f339b3
 SCHEMA = 1
 
 
-def provenance(device: str = "cpu", # of the run
-               ) -> dict:           # plain data
+def provenance(
+    device: str = "cpu",  # of the run
+) -> dict:  # plain data
     "Versions, hardware, threads and commit, for records"
     here = Path(fairmix_nb.__file__).parent
-    def git(*words):
-        try: return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired): return ""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
-             if line.startswith("model name")] if cpuinfo.exists() else []
-    gpu = torch.cuda.get_device_name() if str(device).startswith("cuda") else None
-    return dict(python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__, numpy=np.__version__, fairmix_nb=fairmix_nb.__version__, cpu=(names or [platform.machine()])[0], cores=os.cpu_count(),
-                gpu=gpu, threads=torch.get_num_threads(), commit=git("rev-parse", "HEAD") or None,
-                dirty=bool(git("status", "--porcelain")))
 
-# %% ../nbs/11_train.ipynb #c5127afb
-def pick_device(name: str = "auto", # 'auto', 'cpu' or 'cuda'
-                ) -> str:           # 'cpu' or 'cuda'
+    def git(*words):
+        try:
+            return subprocess.run(
+                ["git", *words], cwd=here, capture_output=True, text=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if cpuinfo.exists()
+        else []
+    )
+    gpu = torch.cuda.get_device_name() if str(device).startswith("cuda") else None
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        numpy=np.__version__,
+        fairmix_nb=fairmix_nb.__version__,
+        cpu=(names or [platform.machine()])[0],
+        cores=os.cpu_count(),
+        gpu=gpu,
+        threads=torch.get_num_threads(),
+        commit=git("rev-parse", "HEAD") or None,
+        dirty=bool(git("status", "--porcelain")),
+    )
+
+# %% ../nbs/11_train.ipynb #4edcfa6a
+def pick_device(
+    name: str = "auto",  # 'auto', 'cpu' or 'cuda'
+) -> str:  # 'cpu' or 'cuda'
     "The device to run on; RuntimeError when 'cuda' is asked for and not there"
-    if name not in ("auto", "cpu", "cuda"): raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device 'cuda' was asked for, but this PyTorch sees no CUDA GPU: use 'cpu' or 'auto'")
+        raise RuntimeError(
+            "device 'cuda' was asked for, but this PyTorch sees no CUDA GPU: use 'cpu' or 'auto'"
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
-# %% ../nbs/11_train.ipynb #d8ff287f
+# %% ../nbs/11_train.ipynb #fcc63111
 @dataclass
 class Fit:
     "A training run: what it trained, and what is known of it"
-    model: nn.Module                            # trained in place
-    record: dict                                # plain data: configuration, data, provenance, cost, curves
-    curves: list = field(default_factory=list)  # a dict per epoch: loss, lr, risks on validation where watched
 
-# %% ../nbs/11_train.ipynb #23977548
+    model: nn.Module  # trained in place
+    record: dict  # plain data: configuration, data, provenance, cost, curves
+    curves: list = field(
+        default_factory=list
+    )  # a dict per epoch: loss, lr, risks on validation where watched
+
+# %% ../nbs/11_train.ipynb #8b6a95f5
 def make_optimizer(model, cfg):
     "Adam (fused: one pass over the weights) or SGD with momentum."
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    return torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
+        return torch.optim.Adam(
+            model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        model.parameters(), lr=cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay
+    )
 
 
 @dataclass
 class State:
     "All that an epoch changes."
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
     streams: dict
@@ -305,29 +382,46 @@ class State:
     seconds: float = 0.0
     curves: list = field(default_factory=list)
 
-# %% ../nbs/11_train.ipynb #f05a90fb
+# %% ../nbs/11_train.ipynb #50e8c166
 def save_state(folder, state, cfg, digest):
     "`folder/last.pt`; the one before becomes `previous.pt`."
     last = Path(folder) / "last.pt"
-    found = dict(schema=SCHEMA, cfg=asdict(cfg), data=digest, epoch=state.epoch, gradients=state.gradients,
-                 seconds=state.seconds, curves=state.curves, model=state.model.state_dict(),
-                 optimizer=state.optimizer.state_dict(), streams={k: g.get_state() for k, g in state.streams.items()})
+    found = dict(
+        schema=SCHEMA,
+        cfg=asdict(cfg),
+        data=digest,
+        epoch=state.epoch,
+        gradients=state.gradients,
+        seconds=state.seconds,
+        curves=state.curves,
+        model=state.model.state_dict(),
+        optimizer=state.optimizer.state_dict(),
+        streams={k: g.get_state() for k, g in state.streams.items()},
+    )
     buffer = io.BytesIO()
     torch.save(found, buffer)
-    write_aside(last.with_name("new.pt"), buffer.getvalue())  # complete on disk before the old one moves
-    if last.exists(): os.replace(last, last.with_name("previous.pt"))
+    write_aside(
+        last.with_name("new.pt"), buffer.getvalue()
+    )  # complete on disk before the old one moves
+    if last.exists():
+        os.replace(last, last.with_name("previous.pt"))
     os.replace(last.with_name("new.pt"), last)
 
-# %% ../nbs/11_train.ipynb #6b871ddd
+# %% ../nbs/11_train.ipynb #f2ff1a04
 def load_checkpoint(folder):
     "The newest checkpoint of `folder`, as plain data and tensors."
     paths = [p for p in (Path(folder) / n for n in ("last.pt", "previous.pt")) if p.exists()]
-    if not paths: raise FileNotFoundError(f"no checkpoint (last.pt) in {folder}")
-    try: found = torch.load(paths[0], map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"{paths[0]} is not a readable checkpoint: {type(e).__name__}") from e
+    if not paths:
+        raise FileNotFoundError(f"no checkpoint (last.pt) in {folder}")
+    try:
+        found = torch.load(paths[0], map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{paths[0]} is not a readable checkpoint: {type(e).__name__}") from e
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise ValueError(f"{paths[0]} must be a checkpoint of schema {SCHEMA}, "
-                         f"got {found.get('schema') if isinstance(found, dict) else type(found).__name__}")
+        raise ValueError(
+            f"{paths[0]} must be a checkpoint of schema {SCHEMA}, "
+            f"got {found.get('schema') if isinstance(found, dict) else type(found).__name__}"
+        )
     return found
 
 
@@ -335,19 +429,28 @@ def restore(state, found):
     "Put a checkpoint's content into `state`."
     state.model.load_state_dict(found["model"])
     state.optimizer.load_state_dict(found["optimizer"])
-    for name, generator in state.streams.items(): generator.set_state(found["streams"][name])
-    for name in ("epoch", "gradients", "seconds", "curves"): setattr(state, name, found[name])
+    for name, generator in state.streams.items():
+        generator.set_state(found["streams"][name])
+    for name in ("epoch", "gradients", "seconds", "curves"):
+        setattr(state, name, found[name])
 
-# %% ../nbs/11_train.ipynb #7e22cbe8
+# %% ../nbs/11_train.ipynb #679db76d
 def run_epoch(state, images, cfg, table):
     "One pass over `images`; the losses `(steps,)`, on the device."
-    weights = None if cfg.class_weights is None else torch.tensor(cfg.class_weights, device=images.x.device)
-    for group in state.optimizer.param_groups: group["lr"] = cfg.lr * cfg.drop ** (state.epoch // cfg.drop_every)
+    weights = (
+        None
+        if cfg.class_weights is None
+        else torch.tensor(cfg.class_weights, device=images.x.device)
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = cfg.lr * cfg.drop ** (state.epoch // cfg.drop_every)
     state.model.train()
     losses = []
     for idx in batches(len(images), cfg.batch, state.streams["order"]):
         x, y, spent = training_batch(state.model, images, idx, cfg, state.streams, table)
-        loss = F.cross_entropy(state.model(x.contiguous(memory_format=torch.channels_last)), y, weight=weights)
+        loss = F.cross_entropy(
+            state.model(x.contiguous(memory_format=torch.channels_last)), y, weight=weights
+        )
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
@@ -355,100 +458,143 @@ def run_epoch(state, images, cfg, table):
         losses.append(loss.detach())
     return torch.stack(losses)
 
-# %% ../nbs/11_train.ipynb #c91c26be
+# %% ../nbs/11_train.ipynb #cb320380
 def check_run(model, data, cfg, out, resuming):
     "Refuse what cannot work before any long work."
-    if not isinstance(data, Data): raise ValueError(f"data must be what load() returns, got {type(data).__name__}")
+    if not isinstance(data, Data):
+        raise ValueError(f"data must be what load() returns, got {type(data).__name__}")
     if cfg.batch > len(data.train):
-        raise ValueError(f"batch must be at most the {len(data.train)} training images, got {cfg.batch}")
+        raise ValueError(
+            f"batch must be at most the {len(data.train)} training images, got {cfg.batch}"
+        )
     if cfg.class_weights is not None and len(cfg.class_weights) != data.train.n_cls:
-        raise ValueError(f"class_weights must hold {data.train.n_cls} numbers, got {len(cfg.class_weights)}")
+        raise ValueError(
+            f"class_weights must hold {data.train.n_cls} numbers, got {len(cfg.class_weights)}"
+        )
     with torch.no_grad():
         was = model.training
-        logits = model.eval()(data.train.floats(torch.arange(1)).to(next(model.parameters()).device))
+        logits = model.eval()(
+            data.train.floats(torch.arange(1)).to(next(model.parameters()).device)
+        )
         model.train(was)
     if logits.shape != (1, data.train.n_cls):
-        raise ValueError(f"model must return logits (n, {data.train.n_cls}), got {tuple(logits.shape)} for one image")
+        raise ValueError(
+            f"model must return logits (n, {data.train.n_cls}) for n images, "
+            f"got {tuple(logits.shape)} for one"
+        )
     if out is not None and not resuming:
-        if (Path(out) / "last.pt").exists(): raise FileExistsError(f"{out} holds a run already: resume it, or name another")
+        if (Path(out) / "last.pt").exists():
+            raise FileExistsError(f"{out} holds a run already: resume it, or name another")
         Path(out).mkdir(parents=True, exist_ok=True)
         started = dict(schema=SCHEMA, kind="fit", cfg=asdict(cfg), finished=False)
         write_aside(Path(out) / "record.json", json.dumps(started))
 
-# %% ../nbs/11_train.ipynb #f1bb9765
-def fit(model: nn.Module,             # logits for x in [0, 1]; trained in place
-        data: Data,                   # its train part is learnt, its val part watched, its test part not touched
-        cfg: TrainCfg = TrainCfg(),   # the method
-        *,
-        device: str = "auto",         # 'auto', 'cpu' or 'cuda'
-        out: str | Path | None = None, # folder of checkpoint, record and curves; None: keep nothing
-        watched: int = 20,            # epochs at which the risks on validation are measured
-        progress: bool = True,        # show a bar
-        on_epoch: Callable | None = None, # called with each epoch's row of the curves
-        resume_from: dict | None = None,  # a checkpoint's content, see `resume`
-        ) -> Fit:                     # model, record, curves
-    "Train `model`: natural, mixup, AT (eqs (1)-(4)), or same-class mixup with AT (eqs (12), (13)), as `cfg` says"
+# %% ../nbs/11_train.ipynb #240b0fa6
+def fit(
+    model: nn.Module,  # logits for x in [0, 1]; trained in place
+    data: Data,  # its train part is learnt, its val part watched, its test part not touched
+    cfg: TrainCfg = TrainCfg(),  # the method
+    *,
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda'
+    out: str | Path | None = None,  # folder of checkpoint, record and curves; None: keep nothing
+    watched: int = 20,  # epochs at which the risks on validation are measured
+    progress: bool = True,  # show a bar
+    on_epoch: Callable | None = None,  # called with each epoch's row of the curves
+    resume_from: dict | None = None,  # a checkpoint's content, see `resume`
+) -> Fit:  # model, record, curves
+    "Train `model` as `cfg` says: natural or adversarial, eqs (1)-(4), mixed or not, (12), (13)"
     check_run(model, data, cfg, out, resume_from is not None)
     device = pick_device(device)
     train = data.train.to(device)
     val = spread_subset(data.val.to(device), min(500, 50 * data.val.n_cls))
     model = model.to(device, memory_format=torch.channels_last)
     state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device))
-    if resume_from: restore(state, resume_from)
-    table = ClassTable(train.y, train.n_cls) if cfg.partner == "set" and "mix" in cfg.pipeline else None
+    if resume_from:
+        restore(state, resume_from)
+    table = (
+        ClassTable(train.y, train.n_cls) if cfg.partner == "set" and "mix" in cfg.pipeline else None
+    )
     try:
-        for _ in progress_bar(range(state.epoch, cfg.epochs), progress=progress, unit="epoch", leave=False):
+        for _ in progress_bar(
+            range(state.epoch, cfg.epochs), progress=progress, unit="epoch", leave=False
+        ):
             one_epoch(state, train, val, cfg, table, watched)
-            if out: save_state(out, state, cfg, data.digest())
-            if out: save_record(out, state, data, cfg, device)
-            if on_epoch: on_epoch(state.curves[-1])
+            if out:
+                save_state(out, state, cfg, data.digest())
+            if out:
+                save_record(out, state, data, cfg, device)
+            if on_epoch:
+                on_epoch(state.curves[-1])
     except KeyboardInterrupt:
         kept = f"{out}/last.pt (epoch {state.epoch})" if out and state.epoch else "none"
-        raise KeyboardInterrupt(f"stopped in epoch {state.epoch + 1} of {cfg.epochs}; last checkpoint: {kept}") from None
+        raise KeyboardInterrupt(
+            f"stopped in epoch {state.epoch + 1} of {cfg.epochs}; last checkpoint: {kept}"
+        ) from None
     model.eval()
     return Fit(model, record_of(state, data, cfg, device), state.curves)
 
-# %% ../nbs/11_train.ipynb #66c328cd
+# %% ../nbs/11_train.ipynb #5afc4800
 def one_epoch(state, train, val, cfg, table, watched):
     "Train for an epoch, watch, and add a row to the curves."
     start = time.perf_counter()
     losses = run_epoch(state, train, cfg, table)
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
-        raise FloatingPointError(f"the loss became {losses[bad[0]].item()} at step {bad[0].item() + 1} of epoch "
-                                 f"{state.epoch + 1}: lower lr ({cfg.lr}), or check the data")
+        raise FloatingPointError(
+            f"the loss became {losses[bad[0]].item()} at step {bad[0].item() + 1} of epoch "
+            f"{state.epoch + 1}: lower lr ({cfg.lr}), or check the data"
+        )
     state.epoch += 1
     state.seconds += time.perf_counter() - start
-    row = dict(epoch=state.epoch, loss=losses.mean().item(), lr=state.optimizer.param_groups[0]["lr"])
+    row = dict(
+        epoch=state.epoch, loss=losses.mean().item(), lr=state.optimizer.param_groups[0]["lr"]
+    )
     if state.epoch % math.ceil(cfg.epochs / watched) == 0 or state.epoch == cfg.epochs:
         row.update(watch(state.model, val, cfg))
     state.curves.append(row)
 
-# %% ../nbs/11_train.ipynb #45dd5b4c
+# %% ../nbs/11_train.ipynb #3d0510b6
 def record_of(state, data, cfg, device):
     "What is known of a run, as plain data."
-    return dict(schema=SCHEMA, kind="fit", cfg=asdict(cfg), data=data.describe(), provenance=provenance(device),
-                device=device, epochs_done=state.epoch, finished=state.epoch == cfg.epochs,
-                seconds=round(state.seconds, 2), gradient_evaluations=state.gradients, curves=state.curves)
+    return dict(
+        schema=SCHEMA,
+        kind="fit",
+        cfg=asdict(cfg),
+        data=data.describe(),
+        provenance=provenance(device),
+        device=device,
+        epochs_done=state.epoch,
+        finished=state.epoch == cfg.epochs,
+        seconds=round(state.seconds, 2),
+        gradient_evaluations=state.gradients,
+        curves=state.curves,
+    )
 
 
 def save_record(out, state, data, cfg, device):
     "record.json and curves.csv beside the checkpoint."
-    write_aside(Path(out) / "record.json", json.dumps(record_of(state, data, cfg, device), indent=1))
+    write_aside(
+        Path(out) / "record.json", json.dumps(record_of(state, data, cfg, device), indent=1)
+    )
     rows, text = state.curves, io.StringIO()
-    table = csv.DictWriter(text, ("epoch", "loss", "lr", "clean", "fgsm", "pgd-5"), lineterminator="\n")
+    table = csv.DictWriter(
+        text, ("epoch", "loss", "lr", "clean", "fgsm", "pgd-5"), lineterminator="\n"
+    )
     table.writeheader()
     table.writerows(rows)
     write_aside(Path(out) / "curves.csv", text.getvalue())
 
-# %% ../nbs/11_train.ipynb #50855ccb
-def resume(out: str | Path,     # the folder of an interrupted run
-           model: nn.Module,    # of the same shape
-           data: Data,          # the same data
-           **kwargs,            # device, watched, progress, on_epoch of `fit`
-           ) -> Fit:            # as if it had never stopped
+# %% ../nbs/11_train.ipynb #bc748d70
+def resume(
+    out: str | Path,  # the folder of an interrupted run
+    model: nn.Module,  # of the same shape
+    data: Data,  # the same data
+    **kwargs,  # device, watched, progress, on_epoch of `fit`
+) -> Fit:  # as if it had never stopped
     "Go on with a run from its last checkpoint, bit for bit"
     found = load_checkpoint(out)
     if found["data"] != data.digest():
-        raise ValueError(f"{out} was trained on data with digest {found['data']}, got {data.digest()}")
+        raise ValueError(
+            f"{out} was trained on data with digest {found['data']}, got {data.digest()}"
+        )
     return fit(model, data, TrainCfg(**found["cfg"]), out=out, resume_from=found, **kwargs)

@@ -1,0 +1,159 @@
+"The command `fairmix`, as a user types it: what it prints, what it refuses, and what it leaves behind."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fairmix_nb.compare import main
+
+QUICK = ["compare", "--data", "digits", "--methods", "natural", "at", "--seeds", "0", "--epochs", "1"]
+
+
+def make_folder(top, n=12, classes=("cat", "dog"), parts=("",), size=16):
+    rng = np.random.default_rng(0)
+    for part in parts:
+        for i, name in enumerate(classes):
+            folder = Path(top) / part / name
+            folder.mkdir(parents=True)
+            for j in range(n):
+                noise = rng.integers(0, 120, (size, size, 3)) + 100 * i
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{j}.png")
+    return Path(top)
+
+
+def refused(capsys, argv, says):
+    assert main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and "\n" not in error, error
+    return error
+
+
+def test_digits_end_to_end_then_show(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*QUICK, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "pgd-20 risk" in printed and "minus at" in printed and str(out) in printed
+    assert max(map(len, printed.split("Intervals")[0].splitlines())) <= 100
+    assert sorted(p.name for p in out.iterdir()) == ["at-0", "curves.csv", "figure.png", "natural-0", "record.json"]
+    before = (out / "record.json").read_bytes()
+    assert main(["show", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+    assert (out / "record.json").read_bytes() == before
+
+
+def test_folder_of_colour_images(tmp_path, capsys):
+    folder = make_folder(tmp_path / "pets", parts=("train", "test"))
+    argv = ["compare", "--data", folder, "--methods", "at", "--seeds", "0", "--epochs", "1", "--batch", "8", "--model", "small_cnn"]
+    assert main([str(a) for a in [*argv, "--out", tmp_path / "run"]]) == 0
+    assert "cat" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["classes"] == ["cat", "dog"] and record["data"]["sizes"]["test"] == 24
+    assert str(tmp_path) not in json.dumps(record["config"])
+
+
+@pytest.mark.parametrize("extra, says", [
+    (["--data", "digit"], "did you mean 'digits'"),
+    (["--data", "nowhere/at/all"], "must be 'digits', 'cifar10' or a folder"),
+    (["--methods", "natural", "mixap"], "did you mean 'mixup'"),
+    (["--model", "resnet02"], "did you mean 'resnet20'"),
+    (["--eps", "8/0"], "a fraction such as 8/255"),
+    (["--eps", "nan"], "eps must lie in [0, 1]"),
+    (["--eps=-1"], "eps must lie in [0, 1]"),
+    (["--eps", "8"], "eps must lie in [0, 1]"),
+    (["--epochs", "0"], "epochs must be"),
+    (["--batch", "100000"], "batch must be at most"),
+    (["--seeds", "0", "0"], "all different"),
+    (["--seeds", "0", "3"], "folds of one shuffle"),
+    (["--device", "tpu"], "device must be"),
+    (["--subset", "0"], "per_class must lie in"),
+    (["--resume"], "--resume needs --out"),
+    (["--resume", "--out", "not/there"], "nothing to resume"),
+])
+def test_bad_arguments_are_refused_at_once(capsys, tmp_path, monkeypatch, extra, says):
+    monkeypatch.chdir(tmp_path)
+    start = time.time()
+    refused(capsys, [*QUICK, *extra], says)
+    assert time.time() - start < 20
+    assert not list(tmp_path.rglob("last.pt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(capsys, tmp_path):
+    refused(capsys, [*QUICK, "--device", "cuda", "--out", tmp_path / "x"], "no CUDA GPU")
+
+
+def test_an_existing_folder_is_never_written_to(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused(capsys, [*QUICK, "--out", tmp_path / "mine"], "exists: name another folder")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_resume_with_another_configuration(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main([*QUICK, "--out", str(out)]) == 0
+    capsys.readouterr()
+    refused(capsys, [*QUICK, "--eps", "0.2", "--out", out, "--resume"], "another configuration: cfg")
+    before = (out / "at-0" / "record.json").read_bytes()
+    assert main([*QUICK, "--out", str(out), "--resume"]) == 0  # all is there: nothing is trained again
+    assert (out / "at-0" / "record.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text, says", [("{", "is not a record"), ("[]", "must be a comparison"),
+                                        ('{"schema": 99, "kind": "comparison"}', "schema 1, got (99")])
+def test_show_refuses_what_is_not_a_record(capsys, tmp_path, text, says):
+    (tmp_path / "record.json").write_text(text)
+    refused(capsys, ["show", tmp_path], says)
+    assert (tmp_path / "record.json").read_text() == text
+
+
+def test_show_of_nothing(capsys, tmp_path):
+    refused(capsys, ["show", tmp_path / "x"], "no comparison there")
+
+
+def test_bad_folders(capsys, tmp_path):
+    argv = lambda folder: ["compare", "--data", folder, "--out", tmp_path / "out", "--epochs", "1"]
+    (tmp_path / "empty").mkdir()
+    refused(capsys, argv(tmp_path / "empty"), "empty")
+    lonely = make_folder(tmp_path / "lonely", n=4)
+    for p in list((lonely / "dog").iterdir())[1:]: p.unlink()
+    refused(capsys, argv(lonely), "class 'dog'")
+    broken = make_folder(tmp_path / "broken")
+    (broken / "cat" / "3.png").write_bytes((broken / "cat" / "3.png").read_bytes()[:60])
+    refused(capsys, argv(broken), "3.png")
+    mixed = make_folder(tmp_path / "mixed")
+    Image.new("RGB", (9, 9)).save(mixed / "cat" / "3.png")
+    refused(capsys, argv(mixed), "size")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_space_left(capsys, tmp_path, monkeypatch):
+    def full(path, write): raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr("fairmix_nb.compare.write_aside", full)
+    refused(capsys, [*QUICK, "--out", tmp_path / "run"], "No space left on device")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    code = "import sys; from fairmix_nb.compare import main; sys.exit(main(sys.argv[1:]))"
+    argv = ["compare", "--methods", "at", "--seeds", "0", "--epochs", "500", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (out / "at-0" / "last.pt").exists() and time.time() < deadline: time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    start = time.time()
+    error = process.communicate(timeout=30)[1]
+    assert time.time() - start < 2
+    assert process.returncode == 130
+    last = error.strip().splitlines()[-1]
+    assert f"{out / 'at-0'}/last.pt (epoch " in last and "--resume" in last
+    torch.load(out / "at-0" / "last.pt", weights_only=True)
