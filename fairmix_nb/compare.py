@@ -56,31 +56,30 @@ METHODS = dict(
     any_mix=dict(pipeline=("attack", "mix"), partner="any"),
 )
 
-# %% ../nbs/13_compare.ipynb #f16031f9
+# %% ../nbs/13_compare.ipynb #a63ecfc5
 def preset(
     data: str,  # a name or folder, as `load` takes it
     epochs: int | None = None,  # None: the preset's
 ) -> tuple:  # model name, TrainCfg
     "The model and recipe for a data set: the paper's, but for the embedded digits"
-    if data == "digits":
-        epochs = epochs or 30
-        return "small_cnn", TrainCfg(
-            eps=0.1, epochs=epochs, batch=64, lr=3e-3, drop_every=max(1, round(0.62 * epochs))
-        )
-    return "resnet20", TrainCfg(epochs=epochs or 80)
+    if data != "digits":
+        return "resnet20", TrainCfg(epochs=80 if epochs is None else epochs)
+    digits = TrainCfg(eps=0.1, epochs=30 if epochs is None else epochs, batch=64, lr=3e-3)
+    return "small_cnn", replace(digits, drop_every=max(1, round(0.62 * digits.epochs)))
 
-# %% ../nbs/13_compare.ipynb #7f4db2ef
-def attack_test_part(model, data, cfg, attacks, device):
+# %% ../nbs/13_compare.ipynb #b54013a7
+def attack_test_part(model, data, cfg, attacks, device, progress):
     "Per attack: the images of each class, how many are wrong, and which (in order of class)."
     images = data.test.subset(torch.argsort(data.test.y, stable=True)).to(device)
-    found = attack_errors(model, images, cfg.eps, attacks, norm=cfg.norm, box=cfg.box)
+    common = dict(norm=cfg.norm, box=cfg.box, progress=progress)
+    found = attack_errors(model, images, cfg.eps, attacks, **common)
     count = lambda keep: torch.bincount(images.y[keep], minlength=images.n_cls).tolist()
     return {
         name: dict(n=count(slice(None)), wrong=count(wrong), flags=pack_flags(wrong.cpu().numpy()))
         for name, wrong in found.items()
     }
 
-# %% ../nbs/13_compare.ipynb #08055a9e
+# %% ../nbs/13_compare.ipynb #1befdfda
 def run_one(method, seed, data, cfg, model, attacks, device, folder, progress):
     "Train and attack one method with one seed, or read what a finished run left; a record."
     path = folder / "record.json" if folder else None
@@ -90,7 +89,8 @@ def run_one(method, seed, data, cfg, model, attacks, device, folder, progress):
             return kept
     make = build if isinstance(model, str) else lambda name, *args: model(*args)
     net = make(model, data.train.n_cls, data.train.x.shape[1], seed)
-    kw = dict(device=device, progress=progress, watched=10)
+    bar = progress and f"{name_of(method)}, seed {seed}"
+    kw = dict(device=device, progress=bar, watched=10)
     if callable(method):
         done = method(net, data, cfg, out=folder, **kw)
     elif folder and ((folder / "last.pt").exists() or (folder / "previous.pt").exists()):
@@ -103,11 +103,14 @@ def run_one(method, seed, data, cfg, model, attacks, device, folder, progress):
         method=name_of(method),
         seed=seed,
         test=data.test.digest(),
-        attacks=attack_test_part(done.model, data, cfg, attacks, device),
+        attacks=attack_test_part(
+            done.model, data, cfg, attacks, device, bar and bar + ", attacked"
+        ),
     )
+    text = json.dumps(record, indent=1)
     if path:
-        write_aside(path, json.dumps(record, indent=1))
-    return record
+        write_aside(path, text)
+    return json.loads(text)
 
 
 def name_of(method):
@@ -492,7 +495,7 @@ def parse_eps(
         )
     return eps
 
-# %% ../nbs/13_compare.ipynb #a687df20
+# %% ../nbs/13_compare.ipynb #e3b71fc4
 EXAMPLE = """examples:
   fairmix                                   six methods on scikit-learn's digits, about a minute
   fairmix compare --data ~/photos --eps 4/255 --epochs 20 --seeds 0 1 2 --out runs/photos
@@ -503,27 +506,13 @@ A folder holds train/CLASS/*.png and test/CLASS/*.png, or just CLASS/*.png."""
 
 def parser():
     "The arguments of `fairmix`."
-    top = argparse.ArgumentParser(
-        prog="fairmix",
-        description="Class-by-class robustness of training methods at equal budget.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    words = dict(epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = "Class-by-class robustness of training methods at equal budget."
+    top = argparse.ArgumentParser(prog="fairmix", description=about, **words)
     sub = top.add_subparsers(dest="command")
-    a = sub.add_parser(
-        "compare",
-        help="train and attack several methods",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).add_argument
+    a = sub.add_parser("compare", help="train and attack several methods", **words).add_argument
     a("--data", default="digits", help="digits, cifar10 or a folder of images (default: digits)")
-    a(
-        "--methods",
-        nargs="+",
-        default=list(METHODS),
-        metavar="M",
-        help=", ".join(METHODS) + " (default: all)",
-    )
+    a("--methods", nargs="+", default=list(METHODS), metavar="M", help=", ".join(METHODS))
     a("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     a("--eps", help="radius in pixel units, 8/255 or 0.1 (default: 0.1 for digits, else 8/255)")
     a("--epochs", type=int, help="default: 30 for digits, else 80")
@@ -533,57 +522,41 @@ def parser():
     a("--test-subset", type=int, metavar="N", help="keep N test images a class")
     a("--size", type=int, metavar="S", help="resize the images of a folder to S x S")
     a("--device", default="auto", help="auto, cpu or cuda")
-    a("--out", help="new folder for records, checkpoints, figure (default: runs/DATA-TIME)")
+    a("--out", type=Path, help="new folder for the results (default: runs/DATA-TIME)")
     a("--resume", action="store_true", help="go on with the comparison in --out")
-    sub.add_parser("show", help="print and draw a finished comparison").add_argument("folder")
+    show = sub.add_parser("show", help="print and draw a finished comparison")
+    show.add_argument("folder", type=Path)
     return top
 
-# %% ../nbs/13_compare.ipynb #de91e465
+# %% ../nbs/13_compare.ipynb #3d2bc083
 def run_compare(args):
-    "The comparison that the arguments ask for."
-    given = dict(
-        epochs=args.epochs, batch=args.batch, eps=None if args.eps is None else parse_eps(args.eps)
-    )
-    if args.epochs is not None and args.epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {args.epochs}")
-    cfg = replace(
-        preset(args.data, args.epochs)[1], **{k: v for k, v in given.items() if v is not None}
-    )
-    out = args.out or Path("runs") / f"{Path(args.data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    "The comparison that the arguments ask for, and its folder."
     if args.resume and not args.out:
         raise ValueError("--resume needs --out, the folder to go on in")
-    result = compare(
-        args.data,
-        args.methods,
-        args.seeds,
-        cfg=cfg,
-        model=args.model,
-        out=out,
-        device=args.device,
-        resume=args.resume,
-        per_class=args.subset,
-        test_per_class=args.test_subset,
-        size=args.size,
-    )
-    return result, out
+    given = dict(batch=args.batch, eps=args.eps and parse_eps(args.eps))
+    given = {name: value for name, value in given.items() if value is not None}
+    cfg = replace(preset(args.data, args.epochs)[1], **given)
+    out = args.out or Path("runs", f"{Path(args.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    shared = dict(cfg=cfg, model=args.model, out=out, device=args.device, resume=args.resume)
+    subset = dict(per_class=args.subset, test_per_class=args.test_subset, size=args.size)
+    return compare(args.data, args.methods, args.seeds, **shared, **subset), out
 
 
 def main(argv: list | None = None) -> int:
     "The command line `fairmix`; without arguments, `compare` on the embedded digits."
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv or ["compare"])
+    args = parser().parse_args((sys.argv[1:] if argv is None else argv) or ["compare"])
     try:
         if args.command == "show":
-            result, out = show(args.folder), Path(args.folder)
+            result, out = show(args.folder), args.folder
             if out.is_dir():
                 save_comparison(result, out)
         else:
             result, out = run_compare(args)
-        print(f"{result}\n\nrecords, curves and figure: {out}")
-        return 0
     except KeyboardInterrupt as e:
         print(f"\nfairmix: {e}. Go on with --out FOLDER --resume.", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f"fairmix: {e}", file=sys.stderr)
         return 2
+    print(f"{result}\n\nrecords, curves and figure: {out}")
+    return 0

@@ -245,7 +245,13 @@ def parse_attack(
         raise ValueError(f"an attack must be 'clean', 'fgsm' or 'pgd-STEPS', got {name!r}")
     return int(steps)
 
-# %% ../nbs/11_train.ipynb #6bdbada2
+# %% ../nbs/11_train.ipynb #8f700269
+def named_bar(steps, progress, unit):
+    "A progress bar; `progress` may be its name."
+    name = progress if isinstance(progress, str) else None
+    return progress_bar(steps, progress=bool(progress), desc=name, unit=unit, leave=False)
+
+# %% ../nbs/11_train.ipynb #4f319fe0
 def attack_errors(
     model: nn.Module,  # logits for x in [0, 1]
     images: ImageSet,  # `n` images
@@ -256,13 +262,15 @@ def attack_errors(
     box: tuple | None = (0.0, 1.0),  # valid range of a pixel
     seed: int = 0,  # of the random starts
     batch: int = 512,  # images at a time
+    progress: bool | str = False,  # show a bar; a string: under this name
 ) -> dict:  # attack -> `(n,)` bool: wrong at the attack's final point (raw errors)
     "Which images each attack breaks; PGD keeps its best iterate, BatchNorm is in evaluation mode"
     steps = {name: parse_attack(name) for name in attacks}
     net = fold_batchnorm(model).to(memory_format=torch.channels_last)
     generator = torch.Generator(images.x.device).manual_seed(seed)
     wrong = {name: [] for name in attacks}
-    for idx in torch.arange(len(images), device=images.x.device).split(batch):
+    chunks = torch.arange(len(images), device=images.x.device).split(batch)
+    for idx in named_bar(chunks, progress, "batch"):
         x, y = images.floats(idx).contiguous(memory_format=torch.channels_last), images.y[idx]
         common = dict(norm=norm, box=box, check=False)
         for name, n in steps.items():
@@ -274,7 +282,7 @@ def attack_errors(
                 wrong[name].append(net(z).argmax(1) != y)
     return {name: torch.cat(parts) for name, parts in wrong.items()}
 
-# %% ../nbs/11_train.ipynb #a15b5112
+# %% ../nbs/11_train.ipynb #3dae62e1
 def spread_subset(images, most):
     "At most `most` images, all classes alike: evenly spaced in the order of the labels."
     order = torch.argsort(images.y, stable=True)
@@ -291,7 +299,7 @@ def watch(model, images, cfg):
     )
     return {name: wrong.float().mean().item() for name, wrong in found.items()}
 
-# %% ../nbs/11_train.ipynb #61f339b3
+# %% ../nbs/11_train.ipynb #9c1a74f3
 SCHEMA = 1
 
 
@@ -334,7 +342,7 @@ def provenance(
         dirty=bool(git("status", "--porcelain")),
     )
 
-# %% ../nbs/11_train.ipynb #4edcfa6a
+# %% ../nbs/11_train.ipynb #093b609a
 def pick_device(
     name: str = "auto",  # 'auto', 'cpu' or 'cuda'
 ) -> str:  # 'cpu' or 'cuda'
@@ -347,7 +355,7 @@ def pick_device(
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
-# %% ../nbs/11_train.ipynb #fcc63111
+# %% ../nbs/11_train.ipynb #6dda96ab
 @dataclass
 class Fit:
     "A training run: what it trained, and what is known of it"
@@ -358,7 +366,7 @@ class Fit:
         default_factory=list
     )  # a dict per epoch: loss, lr, risks on validation where watched
 
-# %% ../nbs/11_train.ipynb #8b6a95f5
+# %% ../nbs/11_train.ipynb #5f3758af
 def make_optimizer(model, cfg):
     "Adam (fused: one pass over the weights) or SGD with momentum."
     if cfg.optimizer == "adam":
@@ -382,7 +390,7 @@ class State:
     seconds: float = 0.0
     curves: list = field(default_factory=list)
 
-# %% ../nbs/11_train.ipynb #50e8c166
+# %% ../nbs/11_train.ipynb #90ad4d12
 def save_state(folder, state, cfg, digest):
     "`folder/last.pt`; the one before becomes `previous.pt`."
     last = Path(folder) / "last.pt"
@@ -407,7 +415,7 @@ def save_state(folder, state, cfg, digest):
         os.replace(last, last.with_name("previous.pt"))
     os.replace(last.with_name("new.pt"), last)
 
-# %% ../nbs/11_train.ipynb #f2ff1a04
+# %% ../nbs/11_train.ipynb #116776b0
 def load_checkpoint(folder):
     "The newest checkpoint of `folder`, as plain data and tensors."
     paths = [p for p in (Path(folder) / n for n in ("last.pt", "previous.pt")) if p.exists()]
@@ -434,7 +442,7 @@ def restore(state, found):
     for name in ("epoch", "gradients", "seconds", "curves"):
         setattr(state, name, found[name])
 
-# %% ../nbs/11_train.ipynb #679db76d
+# %% ../nbs/11_train.ipynb #36f063d9
 def run_epoch(state, images, cfg, table):
     "One pass over `images`; the losses `(steps,)`, on the device."
     weights = (
@@ -458,7 +466,7 @@ def run_epoch(state, images, cfg, table):
         losses.append(loss.detach())
     return torch.stack(losses)
 
-# %% ../nbs/11_train.ipynb #cb320380
+# %% ../nbs/11_train.ipynb #c3b22750
 def check_run(model, data, cfg, out, resuming):
     "Refuse what cannot work before any long work."
     if not isinstance(data, Data):
@@ -489,7 +497,7 @@ def check_run(model, data, cfg, out, resuming):
         started = dict(schema=SCHEMA, kind="fit", cfg=asdict(cfg), finished=False)
         write_aside(Path(out) / "record.json", json.dumps(started))
 
-# %% ../nbs/11_train.ipynb #240b0fa6
+# %% ../nbs/11_train.ipynb #7ae66288
 def fit(
     model: nn.Module,  # logits for x in [0, 1]; trained in place
     data: Data,  # its train part is learnt, its val part watched, its test part not touched
@@ -498,7 +506,7 @@ def fit(
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
     out: str | Path | None = None,  # folder of checkpoint, record and curves; None: keep nothing
     watched: int = 20,  # epochs at which the risks on validation are measured
-    progress: bool = True,  # show a bar
+    progress: bool | str = True,  # show a bar; a string: under this name
     on_epoch: Callable | None = None,  # called with each epoch's row of the curves
     resume_from: dict | None = None,  # a checkpoint's content, see `resume`
 ) -> Fit:  # model, record, curves
@@ -515,9 +523,7 @@ def fit(
         ClassTable(train.y, train.n_cls) if cfg.partner == "set" and "mix" in cfg.pipeline else None
     )
     try:
-        for _ in progress_bar(
-            range(state.epoch, cfg.epochs), progress=progress, unit="epoch", leave=False
-        ):
+        for _ in named_bar(range(state.epoch, cfg.epochs), progress, "epoch"):
             one_epoch(state, train, val, cfg, table, watched)
             if out:
                 save_state(out, state, cfg, data.digest())
@@ -533,7 +539,7 @@ def fit(
     model.eval()
     return Fit(model, record_of(state, data, cfg, device), state.curves)
 
-# %% ../nbs/11_train.ipynb #5afc4800
+# %% ../nbs/11_train.ipynb #de2241fb
 def one_epoch(state, train, val, cfg, table, watched):
     "Train for an epoch, watch, and add a row to the curves."
     start = time.perf_counter()
@@ -553,7 +559,7 @@ def one_epoch(state, train, val, cfg, table, watched):
         row.update(watch(state.model, val, cfg))
     state.curves.append(row)
 
-# %% ../nbs/11_train.ipynb #3d0510b6
+# %% ../nbs/11_train.ipynb #bbc81097
 def record_of(state, data, cfg, device):
     "What is known of a run, as plain data."
     return dict(
@@ -584,7 +590,7 @@ def save_record(out, state, data, cfg, device):
     table.writerows(rows)
     write_aside(Path(out) / "curves.csv", text.getvalue())
 
-# %% ../nbs/11_train.ipynb #bc748d70
+# %% ../nbs/11_train.ipynb #536f53e2
 def resume(
     out: str | Path,  # the folder of an interrupted run
     model: nn.Module,  # of the same shape
