@@ -316,10 +316,11 @@ class Comparison:
     plot = lambda self, attack=None: class_plot(self, attack)
     notes = lambda self: warnings_of(self)
 
-# %% ../nbs/13_compare.ipynb #6853c686
-def short(p):
-    "A share as .123 (1.00 for one)."
-    return "1.00" if p >= 0.9995 else f"{p:.3f}"[1:]
+# %% ../nbs/13_compare.ipynb #678a71e8
+def short(p, digits=3):
+    "A share as .123, or with fewer digits; one as 1.0."
+    text = f"{p:.{digits}f}"
+    return text[1:] if p < 1 and text[0] == "0" else text[:-1]
 
 
 def columns(rows, gap="  "):
@@ -345,7 +346,7 @@ def header(c):
         f"{seconds:.0f} s of training on {where}"
     )
 
-# %% ../nbs/13_compare.ipynb #6b92063e
+# %% ../nbs/13_compare.ipynb #1545c83a
 def class_table(c, attack=None):
     "Classes x methods: risk and exact 95 % interval; a simultaneous one for the worst class."
     attack, names = attack or c.attacks[-1], c.record["classes"]
@@ -354,14 +355,14 @@ def class_table(c, attack=None):
         k, n = c.counts(method, attack)
         p, (lo, hi) = c.risks(method, attack), exact_interval(k, n)
         body = [
-            f"{short(p[i])} {short(lo[i])}-{short(hi[i])}" if n[i] else "no images"
+            f"{short(p[i])} {short(lo[i], 2)}-{short(hi[i], 2)}" if n[i] else "no images"
             for i in range(len(n))
         ]
         low, high = worst_interval(k, n)
         return [
             method,
             *body,
-            f"{short(np.nanmax(p))} {short(low)}-{short(high)}",
+            f"{short(np.nanmax(p))} {short(low, 2)}-{short(high, 2)}",
             names[int(np.nanargmax(p))],
         ]
 

@@ -35,15 +35,17 @@ class ImageSet:
     def __len__(self): return len(self.y)
     def __repr__(self):
         c, h, w = self.x.shape[1:]
-        return f"ImageSet({len(self):,} images {c} x {h} x {w}, {self.n_cls} classes, {self.x.device})"
+        what = f"{len(self):,} images {c} x {h} x {w}, {self.n_cls} classes, {self.x.device}"
+        return f"ImageSet({what})"
     @property
     def n_cls(self) -> int: return len(self.classes)
     def counts(self) -> list: return torch.bincount(self.y, minlength=self.n_cls).tolist()
     def subset(self, index) -> 'ImageSet': return replace(self, x=self.x[index], y=self.y[index])
-    def to(self, device) -> 'ImageSet': return replace(self, x=self.x.to(device), y=self.y.to(device))
+    def to(self, device) -> 'ImageSet':
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def floats(self, index=slice(None)) -> Tensor:
-        "Images as float32 in [0, 1]: `x / 255`, the only conversion, to the same bits on every device."
+        "Images as float32 in [0, 1]: `x / 255`, the only conversion, same bits on every device."
         return self.x[index].float() / torch.full((), 255., device=self.x.device)
 
     def digest(self) -> str:
@@ -54,15 +56,17 @@ class ImageSet:
 
 # %% ../nbs/09_data.ipynb #a84411e8
 def _check_images(x, y, classes):
-    "Refuse what is not `(n, c, h, w)` uint8 with int64 labels `(n,)` in 0..C-1 and C distinct names."
+    "Refuse what is not uint8 `(n, c, h, w)`, int64 labels `(n,)` in 0..C-1, C distinct names."
     def say(what, expected, got): raise ValueError(f"{what} must be {expected}, got {got}")
     for name, t in dict(x=x, y=y).items():
         if not isinstance(t, Tensor): say(name, 'a torch tensor', type(t).__name__)
     if x.dtype != torch.uint8: say('x', 'uint8 (pixels 0..255)', x.dtype)
     if x.ndim != 4: say('x', 'of shape (n, c, h, w)', tuple(x.shape))
     if y.dtype != torch.int64: say('y', 'int64', y.dtype)
-    if y.shape != x.shape[:1]: say('y', f'of shape ({len(x)},), one label per image', tuple(y.shape))
-    if not isinstance(classes, tuple) or not classes or not all(isinstance(c, str) for c in classes):
+    if y.shape != x.shape[:1]:
+        say('y', f'of shape ({len(x)},), one label per image', tuple(y.shape))
+    named = isinstance(classes, tuple) and all(isinstance(c, str) for c in classes)
+    if not named or not classes:
         say('classes', 'a non-empty tuple of names', repr(classes))
     if len(set(classes)) < len(classes): say('classes', 'distinct names', repr(classes))
     if len(y) and not 0 <= y.min() <= y.max() < len(classes):
@@ -88,7 +92,8 @@ class Data:
         parts = dict(train=self.train, val=self.val, test=self.test)
         return dict(name=self.name, seed=self.seed, split=dict(self.split),
                     sizes={k: len(p) for k, p in parts.items()}, classes=list(self.train.classes),
-                    shape=list(self.train.x.shape[1:]), digests={k: p.digest() for k, p in parts.items()})
+                    shape=list(self.train.x.shape[1:]),
+                    digests={k: p.digest() for k, p in parts.items()})
 
     def digest(self) -> str:
         "16 hex digits made of the three parts' digests."
@@ -112,7 +117,7 @@ def rank_in_class(
 _STREAM = dict(fold=1, val=2, subset=3)
 
 def _rng(stream, seed=0):
-    "RandomState, not Generator: its stream is frozen by NumPy's policy, so splits outlive versions."
+    "RandomState, not Generator: NumPy freezes its stream, so splits outlive versions."
     return np.random.RandomState([_STREAM[stream], seed])
 
 def n_val(
@@ -177,7 +182,8 @@ def make_data(
             raise ValueError(f"test_per_class must lie in [1, {least}], got {test_per_class}")
         kept = rank_in_class(test.y.numpy(), _rng('subset')) < test_per_class
         test = test.subset(torch.from_numpy(np.flatnonzero(kept)))
-    how = dict(rule='thirds', fold=seed % 3, shuffle=seed // 3) if thirds else dict(rule='official test')
+    folds = dict(rule='thirds', fold=seed % 3, shuffle=seed // 3)
+    how = folds if thirds else dict(rule='official test')
     how |= dict(per_class=per_class, test_per_class=test_per_class, size=list(whole.x.shape[2:]),
                 train=len(part['train']), val=len(part['val']), test=len(test))
     return Data(part['train'], part['val'], test, name, seed, how)
@@ -227,7 +233,8 @@ def _resized(images, size):
     if size is None: return images
     arrays = images.x.permute(0, 2, 3, 1).squeeze(3).numpy()
     x = np.stack([Image.fromarray(a).resize(size[::-1], Image.BILINEAR) for a in arrays])
-    return replace(images, x=torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous())
+    x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2)
+    return replace(images, x=x.contiguous())
 
 # %% ../nbs/09_data.ipynb #61ec896c
 def _cifar10(root, size):
@@ -276,12 +283,14 @@ def _workers(): return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 def _headers(folder, files, size):
     "Mode kept for all images, their `(h, w)`, and a note on conversions, from the headers alone."
     with _workers() as pool:
-        heads = list(pool.map(lambda f: _opened(folder / f, lambda im: (im.mode, im.size[::-1])), files))
+        head = lambda f: _opened(folder / f, lambda im: (im.mode, im.size[::-1]))
+        heads = list(pool.map(head, files))
     for f, (mode, hw) in zip(files, heads):
-        if mode[0] in 'IF': raise ValueError(f"{folder / f} must have 8 bits a channel, got mode {mode!r}")
+        if mode[0] in 'IF':
+            raise ValueError(f"{folder / f} must have 8 bits a channel, got mode {mode!r}")
         if size is None and hw != heads[0][1]:
-            raise ValueError(f"images must have one size, got {files[0]} {heads[0][1]} and {f} {hw} "
-                             f"(height, width) in {folder}: pass size=(h, w)")
+            raise ValueError(f"images must have one size, got {files[0]} {heads[0][1]} and "
+                             f"{f} {hw} (height, width) in {folder}: pass size=(h, w)")
     modes = Counter(mode for mode, _ in heads)
     keep = 'L' if set(modes) == {'L'} else 'RGB'
     other = [f"{n} {mode}" for mode, n in sorted(modes.items()) if mode != keep]
@@ -367,8 +376,8 @@ def _folder(folder, size, progress):
                          f"pass {folder / 'train'} to cut a test part out of it")
     names = [list_images(folder / part)[0] for part in ('train', 'test')]
     if names[0] != names[1]:
-        raise ValueError(f"train/ and test/ of {folder} must have the same class folders, got only in "
-                         f"one of them: {sorted(set(names[0]) ^ set(names[1]))}")
+        raise ValueError(f"train/ and test/ of {folder} must have the same class folders, got "
+                         f"only in one of them: {sorted(set(names[0]) ^ set(names[1]))}")
     train, test = (load_folder(folder / part, size, progress) for part in ('train', 'test'))
     if train.x.shape[1:] != test.x.shape[1:]:
         raise ValueError(f"images of train/ and test/ must have one shape, got "
@@ -407,14 +416,16 @@ def load(
     if not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     size = (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
-    if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
+    fine = size is None or len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)
+    if not fine:
         raise ValueError(f"size must be a positive integer or (height, width), got {size}")
     named = isinstance(name_or_folder, str) and name_or_folder in SOURCES
     folder = Path(name_or_folder).expanduser()
     if not named and not folder.is_dir(): lookup('data', str(name_or_folder), SOURCES, 'a folder')
     whole, test = SOURCES[name_or_folder](root, size) if named else _folder(folder, size, progress)
     name = name_or_folder if named else folder.absolute().name
-    return make_data(whole, name, int(seed), test=test, per_class=per_class, test_per_class=test_per_class)
+    kept = dict(per_class=per_class, test_per_class=test_per_class)
+    return make_data(whole, name, int(seed), test=test, **kept)
 
 # %% ../nbs/09_data.ipynb #79289402
 def batches(

@@ -47,7 +47,7 @@ def first_layer(
     if len(mean) != in_ch: raise ValueError(f"mean must hold {in_ch} numbers, got {len(mean)}")
     return [Normalize(mean, std)]
 
-# %% ../nbs/10_models.ipynb #ffd7be1e
+# %% ../nbs/10_models.ipynb #04fb512b
 class Quarters(nn.Module):
     "Mean of each quarter of the image, `(n, c, h, w)` to `(n, c, 2, 2)`; repeatable on GPUs too."
     def forward(self, x):
@@ -57,7 +57,7 @@ class Quarters(nn.Module):
 def kaiming(
     model: nn.Module, # its convolutions are drawn anew
 ) -> nn.Module: # the same object
-    "Weights N(0, 2 / fan-in), biases 0: activations keep their size through ReLUs (He et al. 2015)."
+    "Weights N(0, 2 / fan-in), biases 0: activations keep their size in ReLU nets (He 2015)."
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
@@ -79,13 +79,13 @@ def small_cnn(
         *first_layer(in_ch, mean, std), *conv(in_ch, width, 1), *conv(width, 2 * width, 2),
         *conv(2 * width, 4 * width, 2), Quarters(), nn.Flatten(), nn.Linear(16 * width, n_cls)))
 
-# %% ../nbs/10_models.ipynb #5cbfa74e
+# %% ../nbs/10_models.ipynb #c5f0e998
 def conv_bn(a, b, size=3, stride=1):
     "Convolution without bias, then BatchNorm: the pair that can be folded."
     return [nn.Conv2d(a, b, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(b)]
 
 class Subsample(nn.Module):
-    "Every second pixel, and zeros for the new channels: a shortcut without parameters (He et al.'s A)."
+    "Every second pixel, and zeros for the new channels: a free shortcut (He et al.'s A)."
     def __init__(self, a, b, stride):
         super().__init__()
         self.extra, self.stride = b - a, stride
@@ -170,13 +170,14 @@ def build(
         torch.default_generator.manual_seed(seed)
         return make(n_cls, in_ch)
 
-# %% ../nbs/10_models.ipynb #7d0a8f5c
+# %% ../nbs/10_models.ipynb #ea57cd8c
 def fold_pair(
     conv: nn.Conv2d, # followed by `bn`
     bn: nn.BatchNorm2d, # with running statistics
 ) -> nn.Conv2d: # a new one, with a bias
     "One convolution equal to `conv` and then `bn` in eval mode."
-    def of(t, default): return torch.full_like(bn.running_mean, default) if t is None else t.detach()
+    def of(t, default):
+        return torch.full_like(bn.running_mean, default) if t is None else t.detach()
     gamma, beta, bias = of(bn.weight, 1.), of(bn.bias, 0.), of(conv.bias, 0.)
     scale = gamma.double() / (bn.running_var.double() + bn.eps).sqrt()
     out = copy.deepcopy(conv)
@@ -184,7 +185,7 @@ def fold_pair(
     out.bias = nn.Parameter((beta + (bias - bn.running_mean) * scale).to(conv.weight))
     return out
 
-# %% ../nbs/10_models.ipynb #37a766c3
+# %% ../nbs/10_models.ipynb #57417f43
 def fold_batchnorm(
     model: nn.Module, # left as it is
 ) -> nn.Module: # a copy in eval mode
@@ -192,6 +193,7 @@ def fold_batchnorm(
     model = copy.deepcopy(model).eval()
     for seq in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
         for i, (a, b) in enumerate(zip(seq[:-1], seq[1:])):
-            if isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d) and b.running_var is not None:
+            pair = isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d)
+            if pair and b.running_var is not None:
                 seq[i], seq[i + 1] = fold_pair(a, b), nn.Identity()
     return model

@@ -27,7 +27,9 @@ def readme() -> str:
         for output in cell.get("outputs", []):
             if any(kind.startswith("image/") for kind in output.get("data", {})):
                 sys.exit("index.ipynb: show figures as ![alt](file) in a text cell, not as a cell's output")
+    nb.metadata["language_info"] = {"name": "python"}  # the name on the code fences
     text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"\n{3,}", "\n\n", text)
     text = re.sub(r"\]\((?!https?:|#|/|mailto:|\.\./)([^)\s]+)\)", r"](nbs/\1)", text)
     text = text.replace("](../", "](")
     return "<!-- made from nbs/index.ipynb by tools/readme.py: edit there -->\n\n" + text.strip() + "\n"
