@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'preset', 'compare', 'Comparison', 'show', 'parse_eps']
 
-# %% ../nbs/13_compare.ipynb #31c7e761
+# %% ../nbs/13_compare.ipynb #0683eabc
 import argparse
 import csv
 import io
@@ -19,9 +19,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Callable
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from .data import Data
 from .data import load
@@ -420,12 +420,12 @@ def warnings_of(c):
         )
     return out
 
-# %% ../nbs/13_compare.ipynb #f20a4317
+# %% ../nbs/13_compare.ipynb #cd24a161
 def class_plot(c, attack=None):
     "Risk of every class under `attack` with its exact interval, a colour per method."
     attack, n_cls, m = attack or c.attacks[-1], len(c.record["classes"]), len(c.methods)
-    fig = Figure(figsize=(7, 3), dpi=100, layout="constrained")
-    ax = fig.subplots()
+    fig, ax = plt.subplots(figsize=(7, 3), dpi=100, layout="constrained")
+    plt.close(fig)  # shown where it is returned, once
     for i, method in enumerate(c.methods):
         k, n = c.counts(method, attack)
         p, (lo, hi) = c.risks(method, attack), exact_interval(k, n)

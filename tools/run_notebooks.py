@@ -58,11 +58,12 @@ def execute(path: Path, skip: frozenset):
     nb = from_dict(copy.deepcopy(dict(read_nb(path))))
     for cell in nb.cells:
         cell.pop("idx_", None)
-    client = Client(nb, timeout=1200, kernel_name="python3", coalesce_streams=True, store_widget_state=False,
+    client = Client(nb, timeout=1200, kernel_name="python3", coalesce_streams=True,
                     resources={"metadata": {"path": str(path.parent)}})
     client.skip = skip
     client.execute()
-    nb.metadata.pop("language_info", None)
+    for key in ("language_info", "widgets"):
+        nb.metadata.pop(key, None)
     for cell in nb.cells:
         without_widgets(cell)
     nb = dict2nb(nb)
