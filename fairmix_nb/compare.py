@@ -420,10 +420,11 @@ def warnings_of(c):
         )
     return out
 
-# %% ../nbs/13_compare.ipynb #cd24a161
+# %% ../nbs/13_compare.ipynb #76e647c7
 def class_plot(c, attack=None):
     "Risk of every class under `attack` with its exact interval, a colour per method."
     attack, n_cls, m = attack or c.attacks[-1], len(c.record["classes"]), len(c.methods)
+    tilt = 0 if max(map(len, c.record["classes"])) < 4 else 30
     fig, ax = plt.subplots(figsize=(7, 3), dpi=100, layout="constrained")
     plt.close(fig)  # shown where it is returned, once
     for i, method in enumerate(c.methods):
@@ -440,10 +441,8 @@ def class_plot(c, attack=None):
             color=f"C{i}",
             label=method,
         )
-    ax.set(ylabel=f"{attack} risk", ylim=(0, 1), xlim=(-0.6, n_cls - 0.4))
-    ax.set_xticks(
-        range(n_cls), [name[:10] for name in c.record["classes"]], rotation=30 if n_cls > 5 else 0
-    )
+    ax.set(ylabel=f"{attack} risk", ylim=(0, 1.02), xlim=(-0.6, n_cls - 0.4))
+    ax.set_xticks(range(n_cls), [name[:10] for name in c.record["classes"]], rotation=tilt)
     for edge in np.arange(n_cls - 1) + 0.5:
         ax.axvline(edge, color="0.9", lw=0.8, zorder=0)
     fig.legend(ncols=min(m, 6), frameon=False, fontsize=8, loc="outside upper center")

@@ -233,15 +233,23 @@ def draw_sample(
 def _dots(q: GaussianPair, eps: float, lam: float, n: int, draws: int, rng) -> tuple:
     "Monte Carlo (est, se) and trained (mean, sd) risks `(3, 2)` for one problem."
     g = variance_factor(lam)
-    t, t_mix = threshold(q, 1., eps), threshold(q, g, eps)
-    mc = [mc_class_risk(*a, eps) for a in ((t, q, n, rng, 1.), (t_mix, q, n, rng, g), (t_mix, q, n, rng, 1.))]
+    t, t_mix = threshold(q, 1.0, eps), threshold(q, g, eps)
+    mc = [
+        mc_class_risk(*a, eps)
+        for a in ((t, q, n, rng, 1.0), (t_mix, q, n, rng, g), (t_mix, q, n, rng, 1.0))
+    ]
     fit = fit_logistic if q.sigma_pos == q.sigma_neg else fit_sigmoid
     runs = []
     for _ in range(draws):
         x, y = draw_sample(q, n, rng)
         plain, mixed = fit(x, y, eps), fit(*mixed_pairs(x, y, lam, rng, rounds=2), eps)
-        runs.append([trained_risk(*plain, q, 1., eps), trained_risk(*mixed, q, g, eps),
-                     trained_risk(*mixed, q, 1., eps)])
+        runs.append(
+            [
+                trained_risk(*plain, q, 1.0, eps),
+                trained_risk(*mixed, q, g, eps),
+                trained_risk(*mixed, q, 1.0, eps),
+            ]
+        )
     est, se = zip(*mc)
     return est, se, np.mean(runs, 0), np.std(runs, 0, ddof=1)
 
@@ -251,7 +259,9 @@ def _panel(title, xlabel, x, p, eps, lam, n, draws, seed) -> Panel:
     if draws < 2:
         raise ValueError(f"draws must be >= 2, got {draws}")
     g, eps = variance_factor(lam), np.broadcast_to(eps, x.shape)
-    line = np.stack([optimal_risk(p, 1., eps), optimal_risk(p, g, eps), optimal_risk(p, g, eps, 1.)])
+    line = np.stack(
+        [optimal_risk(p, 1.0, eps), optimal_risk(p, g, eps), optimal_risk(p, g, eps, 1.0)]
+    )
     at = np.unique(np.linspace(0, len(x) - 1, 5).round().astype(int))
     rng = np.random.default_rng(seed)
     dots = [_dots(_pick(p, i), float(eps[i]), lam, n, draws, rng) for i in at]
@@ -275,8 +285,8 @@ def _apart(p: GaussianPair, distance: np.ndarray) -> GaussianPair:
 # %% ../nbs/06_synthetic.ipynb #10fe6126
 def panel_1a(
     p: GaussianPair = BASE,  # everything but the distance
-    distance=np.linspace(.4, 4, 37),  # of the means per feature, mu_pos + mu_neg, > 0
-    lam: float = .5,  # mixing weight in [0, 1]
+    distance=np.linspace(0.4, 4, 37),  # of the means per feature, mu_pos + mu_neg, > 0
+    lam: float = 0.5,  # mixing weight in [0, 1]
     *,
     n: int = 2000,  # points per training set, and per class for Monte Carlo
     draws: int = 8,  # training sets per dot
@@ -284,7 +294,9 @@ def panel_1a(
 ) -> Panel:
     "Natural risk against the distance of the means - Figure 1 (a), Props 1, Thm 3"
     x = _axis("distance", distance)
-    return _panel("natural risk", r"distance $\mu_+ + \mu_-$", x, _apart(p, x), 0., lam, n, draws, seed)
+    return _panel(
+        "natural risk", r"distance $\mu_+ + \mu_-$", x, _apart(p, x), 0.0, lam, n, draws, seed
+    )
 
 # %% ../nbs/06_synthetic.ipynb #fa4e9844
 def panel_1b(
@@ -296,7 +308,7 @@ def panel_1b(
     draws: int = 8,  # training sets per dot
     seed: int = 1,  # of everything drawn
 ) -> Panel:
-    "Adversarial risk against the radius it is trained and measured at - Figure 1 (b), Prop 2, Thm 4"
+    "Adversarial risk against the radius of training and test - Figure 1 (b), Prop 2, Thm 4"
     x = _axis("eps", eps)
     many = replace(p, mu_pos=np.full(len(x), p.mu_pos))
     return _panel("adversarial risk", r"radius $\epsilon$", x, many, x, lam, n, draws, seed)
@@ -305,8 +317,8 @@ def panel_1b(
 def panel_2a(
     p: GaussianPair = BASE,  # everything but the distance
     distance=np.linspace(1.6, 5.2, 37),  # of the means per feature, > 2 eps
-    lam: float = .5,  # mixing weight in [0, 1]
-    eps: float = .6,  # radius, >= 0
+    lam: float = 0.5,  # mixing weight in [0, 1]
+    eps: float = 0.6,  # radius, >= 0
     *,
     n: int = 2000,  # points per training set, and per class for Monte Carlo
     draws: int = 8,  # training sets per dot
@@ -314,7 +326,9 @@ def panel_2a(
 ) -> Panel:
     "Adversarial risk against the distance of the means - Figure 2 (a), Thm 4"
     x = _axis("distance", distance)
-    return _panel("adversarial risk", r"distance $\mu_+ + \mu_-$", x, _apart(p, x), eps, lam, n, draws, seed)
+    return _panel(
+        "adversarial risk", r"distance $\mu_+ + \mu_-$", x, _apart(p, x), eps, lam, n, draws, seed
+    )
 
 # %% ../nbs/06_synthetic.ipynb #ee8262d1
 def panel_2b(
@@ -334,7 +348,7 @@ def panel_2b(
 # %% ../nbs/06_synthetic.ipynb #4f79b0f6
 @dataclass(frozen=True)
 class Scenario:
-    "A finite-sample experiment: a problem, how lines are trained and measured, and the sample sizes"
+    "A finite-sample experiment: a problem, its lines' training and test, the sample sizes"
     name: str
     p: GaussianPair  # the problem
     eps: float  # radius trained against
@@ -375,7 +389,7 @@ def one_draw(
     return np.array(risks), np.array(separated)
 
 
-def _where() -> dict:
+def _provenance() -> dict:
     "Versions, hardware, threads and commit, for records."
     cpu = Path("/proc/cpuinfo")
     names = [v.split(":")[1].strip() for v in cpu.read_text().splitlines()
@@ -396,7 +410,7 @@ def finite_samples(
     draws: int = 100,  # samples per experiment and n, >= 30 for the intervals
     *,
     seed: int = 0,  # of everything drawn
-    lam: float = .5,  # mixing weight in [0, 1]
+    lam: float = 0.5,  # mixing weight in [0, 1]
     rounds: int = 4,  # mixed pairs per point
 ) -> dict:  # plain data: what was run, where, and the risks of every draw
     "Gap and worst class of trained lines against n, plain and mixed: the record of all draws"
@@ -405,14 +419,29 @@ def finite_samples(
     start, cells = time.perf_counter(), []
     for i, s in enumerate(scenarios):
         for n in s.sizes:
-            runs = [one_draw(s, n, np.random.default_rng([seed, i, n, j]), lam, rounds)
-                    for j in range(draws)]
-            cells.append(dict(scenario=s.name, n=n,
-                              risks=np.array([r for r, _ in runs]).round(5).tolist(),
-                              separated=np.mean([q for _, q in runs], 0).round(4).tolist()))
-    config = dict(scenarios=[asdict(s) for s in scenarios], draws=draws, seed=seed, lam=lam, rounds=rounds)
-    return dict(schema=1, kind="synthetic_finite", config=config, where=_where(),
-                seconds=round(time.perf_counter() - start, 1), cells=cells)
+            runs = [
+                one_draw(s, n, np.random.default_rng([seed, i, n, j]), lam, rounds)
+                for j in range(draws)
+            ]
+            cells.append(
+                dict(
+                    scenario=s.name,
+                    n=n,
+                    risks=np.array([r for r, _ in runs]).round(5).tolist(),
+                    separated=np.mean([q for _, q in runs], 0).round(4).tolist(),
+                )
+            )
+    config = dict(
+        scenarios=[asdict(s) for s in scenarios], draws=draws, seed=seed, lam=lam, rounds=rounds
+    )
+    return dict(
+        schema=1,
+        kind="synthetic_finite",
+        config=config,
+        provenance=_provenance(),
+        seconds=round(time.perf_counter() - start, 1),
+        cells=cells,
+    )
 
 # %% ../nbs/06_synthetic.ipynb #8dddc19c
 def summarise(
@@ -424,12 +453,23 @@ def summarise(
     for c in record["cells"]:
         risks = np.array(c["risks"])
         half = 1.96 / np.sqrt(len(risks))
-        for name, v in [("gap", gap(risks)), ("worst class", risks.max(-1)),
-                        ("overall", overall_risk(risks, priors[c["scenario"]]))]:
+        for name, v in [
+            ("gap", gap(risks)),
+            ("worst class", risks.max(-1)),
+            ("overall", overall_risk(risks, priors[c["scenario"]])),
+        ]:
             change = v[:, 1] - v[:, 0]
-            rows.append(dict(scenario=c["scenario"], n=c["n"], measure=name, mean=v.mean(0),
-                             half=half * v.std(0, ddof=1), change=change.mean(),
-                             change_half=half * change.std(ddof=1)))
+            rows.append(
+                dict(
+                    scenario=c["scenario"],
+                    n=c["n"],
+                    measure=name,
+                    mean=v.mean(0),
+                    half=half * v.std(0, ddof=1),
+                    change=change.mean(),
+                    change_half=half * change.std(ddof=1),
+                )
+            )
     return rows
 
 
@@ -439,17 +479,33 @@ def plot_finite(
 ):  # the figure
     "Risks of trained lines against n with 95 % intervals; thin lines: the limit for infinite n"
     import matplotlib.pyplot as plt
+
     cfg, rows = record["config"], summarise(record)
-    fig, axes = plt.subplots(len(measures), len(cfg["scenarios"]), squeeze=False, sharex="col",
-                             figsize=(1.8 * len(cfg["scenarios"]), 1.75 * len(measures)), layout="constrained")
+    fig, axes = plt.subplots(
+        len(measures),
+        len(cfg["scenarios"]),
+        squeeze=False,
+        sharex="col",
+        figsize=(1.8 * len(cfg["scenarios"]), 1.75 * len(measures)),
+        layout="constrained",
+    )
     for i, measure in enumerate(measures):
         for ax, s in zip(axes[i], cfg["scenarios"]):
             mine = [r for r in rows if (r["scenario"], r["measure"]) == (s["name"], measure)]
             n, mean, half = (np.array([r[k] for r in mine]) for k in ("n", "mean", "half"))
-            for j, (g, ls) in enumerate([(1., "--"), (variance_factor(cfg["lam"]), "-")]):
-                ax.errorbar(n, mean[:, j], half[:, j], fmt="ko" + ls, ms=3, mfc="kw"[j == 0], lw=1, capsize=2)
-                r = optimal_risk(GaussianPair(**s["p"]), g, s["eps"], 1., s["eps_test"])
-                ax.axhline(gap(r) if measure == "gap" else r.max(), color="C7", ls=ls, lw=.7)
+            for j, (g, ls) in enumerate([(1.0, "--"), (variance_factor(cfg["lam"]), "-")]):
+                ax.errorbar(
+                    n,
+                    mean[:, j],
+                    half[:, j],
+                    fmt="ko" + ls,
+                    ms=3,
+                    mfc="kw"[j == 0],
+                    lw=1,
+                    capsize=2,
+                )
+                r = optimal_risk(GaussianPair(**s["p"]), g, s["eps"], 1.0, s["eps_test"])
+                ax.axhline(gap(r) if measure == "gap" else r.max(), color="C7", ls=ls, lw=0.7)
             ax.set(xscale="log", ylim=(0, None), title=s["name"] if i == 0 else "")
         axes[i, 0].set_ylabel(measure)
     for ax in axes[-1]:
@@ -460,6 +516,7 @@ def plot_finite(
 @dataclass(frozen=True)
 class Scene:
     "What the explorer shows at one position of its sliders"
+
     p: GaussianPair  # the problem
     g: float  # variance factor of the mixed data
     eps: float  # radius
@@ -470,12 +527,17 @@ class Scene:
 
 def _note(p, t, risks) -> str:
     "Gap, worst class and overall risk in words, constants named."
-    words = [f"{name}: the best line is no line, always {'+1' if v > 0 else '-1'}."
-             for name, v in zip(("Plain", "Mixup"), t) if np.isinf(v)]
+    words = [
+        f"{name}: the best line is no line, always {'+1' if v > 0 else '-1'}."
+        for name, v in zip(("Plain", "Mixup"), t)
+        if np.isinf(v)
+    ]
     before, after = risks[:2]
-    words.append(f"On the original data, plain -> mixup: gap {gap(before):.3f} -> {gap(after):.3f}, "
-                 f"worst class {before.max():.3f} -> {after.max():.3f}, overall risk "
-                 f"{overall_risk(before, p.prior):.3f} -> {overall_risk(after, p.prior):.3f}.")
+    words.append(
+        f"On the original data, plain -> mixup: gap {gap(before):.3f} -> {gap(after):.3f}, "
+        f"worst class {before.max():.3f} -> {after.max():.3f}, overall risk "
+        f"{overall_risk(before, p.prior):.3f} -> {overall_risk(after, p.prior):.3f}."
+    )
     return " ".join(words)
 
 
@@ -489,35 +551,53 @@ def scene(
         raise ValueError(f"scene needs plain numbers, got fields of shape {p.shape}")
     room = p.mu_pos + p.mu_neg - 2 * eps
     try:
-        t = np.array([threshold(p, 1., eps), threshold(p, g, eps)])
+        t = np.array([threshold(p, 1.0, eps), threshold(p, g, eps)])
     except ValueError:
         if room > 1e-9:
             raise
-        note = (f"No best line: mu_pos + mu_neg - 2 eps = {room:.2f}. The adversary can carry each centre "
-                "to the other's side. Lower eps, or move the means apart.")
+        note = (
+            f"No best line: mu_pos + mu_neg - 2 eps = {room:.2f}. The adversary can carry "
+            f"each centre "
+            "to the other's side. Lower eps, or move the means apart."
+        )
         return Scene(p, g, eps, np.full(2, np.nan), np.full((3, 2), np.nan), note)
-    risks = class_risk([t[0], t[1], t[1]], p, [1., 1., g], eps)
+    risks = class_risk([t[0], t[1], t[1]], p, [1.0, 1.0, g], eps)
     return Scene(p, g, eps, t, risks, _note(p, t, risks))
 
 # %% ../nbs/06_synthetic.ipynb #b7a98d87
 class Stage:
     "The explorer's figure, built once; `png(scene)` moves its parts and renders"
+
     def __init__(self):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        self.fig = Figure(figsize=(7.2, 3.), dpi=100)
+
+        self.fig = Figure(figsize=(7.2, 3.0), dpi=100)
         FigureCanvasAgg(self.fig)
-        grid = self.fig.add_gridspec(2, 2, width_ratios=(2.1, 1), left=.02, right=.99, bottom=.15, top=.93,
-                                     hspace=.3, wspace=.13)
+        grid = self.fig.add_gridspec(
+            2,
+            2,
+            width_ratios=(2.1, 1),
+            left=0.02,
+            right=0.99,
+            bottom=0.15,
+            top=0.93,
+            hspace=0.3,
+            wspace=0.13,
+        )
         top = self.fig.add_subplot(grid[0, 0])
         low = self.fig.add_subplot(grid[1, 0], sharex=top)
         self.views, self.bars = (top, low), self.fig.add_subplot(grid[:, 1])
-        for ax, name in zip(self.views, ("plain: trained on the original data",
-                                         "mixup: trained on the mixed data (thin)")):
+        for ax, name in zip(
+            self.views,
+            ("plain: trained on the original data", "mixup: trained on the mixed data (thin)"),
+        ):
             ax.set_title(name, fontsize=8, loc="left", pad=3)
             ax.set_yticks([])
             ax.tick_params(labelsize=7, labelbottom=ax is low)
-        low.set_xlabel(r"position along the diagonal, $\sum_i x_i/\sqrt{d}$, after the attack", fontsize=8)
+        low.set_xlabel(
+            r"position along the diagonal, $\sum_i x_i/\sqrt{d}$, after the attack", fontsize=8
+        )
         self._build_curves()
         self._build_bars()
 
@@ -525,17 +605,25 @@ class Stage:
         self.parts = []
         for ax, ls in zip(self.views, ("--", "-")):
             for colour in ("C0", "C1"):
-                (bell,), (mixed,) = ax.plot([], [], color=colour, lw=1.3), ax.plot([], [], color=colour, lw=.6)
-                (area,) = ax.fill([], [], color=colour, alpha=.4, lw=0)
+                (bell,), (mixed,) = ax.plot([], [], color=colour, lw=1.3), ax.plot(
+                    [], [], color=colour, lw=0.6
+                )
+                (area,) = ax.fill([], [], color=colour, alpha=0.4, lw=0)
                 self.parts.append((ax, bell, mixed, area))
-        self.cuts = [ax.axvline(0, color="k", ls=ls, lw=1.5) for ax, ls in zip(self.views, ("--", "-"))]
+        self.cuts = [
+            ax.axvline(0, color="k", ls=ls, lw=1.5) for ax, ls in zip(self.views, ("--", "-"))
+        ]
 
     def _build_bars(self):
         ax, x = self.bars, np.arange(3)
-        self.rects = [ax.bar(x + s * .2, np.zeros(3), .38, color=c, label=f"class {name}").patches
-                      for s, c, name in ((-1, "C0", "+1"), (1, "C1", "$-1$"))]
-        self.texts = [[ax.text(i + s * .2, 0, "", ha="center", va="bottom", fontsize=6.5) for i in x]
-                      for s in (-1, 1)]
+        self.rects = [
+            ax.bar(x + s * 0.2, np.zeros(3), 0.38, color=c, label=f"class {name}").patches
+            for s, c, name in ((-1, "C0", "+1"), (1, "C1", "$-1$"))
+        ]
+        self.texts = [
+            [ax.text(i + s * 0.2, 0, "", ha="center", va="bottom", fontsize=6.5) for i in x]
+            for s in (-1, 1)
+        ]
         ax.set_xticks(x, ["plain", "mixup", "mixup on\nmixed data"], fontsize=7)
         ax.set_title("class risk (= shaded area)", fontsize=8, loc="left", pad=3)
         ax.tick_params(labelsize=7)
@@ -543,17 +631,20 @@ class Stage:
 
     def _move_curves(self, s: Scene):
         r = np.sqrt(s.p.d)
-        centre, sigma = r * np.array([s.p.mu_pos - s.eps, s.eps - s.p.mu_neg]), (s.p.sigma_pos, s.p.sigma_neg)
+        centre, sigma = r * np.array([s.p.mu_pos - s.eps, s.eps - s.p.mu_neg]), (
+            s.p.sigma_pos,
+            s.p.sigma_neg,
+        )
         low, high = np.min(centre - 3.5 * np.array(sigma)), np.max(centre + 3.5 * np.array(sigma))
         for i, (ax, bell, mixed, area) in enumerate(self.parts):
             c, dev, cut = centre[i % 2], sigma[i % 2], -s.t[i // 2] / r
             u = np.unique(np.r_[np.linspace(low, high, 160), c + dev * np.linspace(-3.5, 3.5, 80)])
-            bell.set_data(u, np.exp(-((u - c) / dev)**2 / 2) / dev)
+            bell.set_data(u, np.exp(-(((u - c) / dev) ** 2) / 2) / dev)
             if i >= 2:
-                mixed.set_data(u, np.exp(-((u - c) / dev)**2 / 2 / s.g) / dev / np.sqrt(s.g))
+                mixed.set_data(u, np.exp(-(((u - c) / dev) ** 2) / 2 / s.g) / dev / np.sqrt(s.g))
             side = np.clip(u, low, cut) if i % 2 == 0 else np.clip(u, cut, high)
             side = np.full_like(u, low) if np.isnan(cut) else np.clip(side, low, high)
-            height = np.exp(-((side - c) / dev)**2 / 2) / dev
+            height = np.exp(-(((side - c) / dev) ** 2) / 2) / dev
             area.set_xy(np.r_[np.c_[side, height], np.c_[side[[-1, 0]], [0, 0]]])
         self.views[0].set_xlim(low, high)
         tall = 1 / min(sigma)
@@ -564,14 +655,18 @@ class Stage:
             line.set_xdata([-t / r, -t / r] if np.isfinite(t) else [0, 0])
 
     def _move_bars(self, s: Scene):
-        top = next((v for v in (.05, .1, .2, .4, .7) if not np.nanmax(np.r_[s.risks.ravel(), 0]) > v), 1.)
+        top = next(
+            (v for v in (0.05, 0.1, 0.2, 0.4, 0.7) if not np.nanmax(np.r_[s.risks.ravel(), 0]) > v),
+            1.0,
+        )
         for j in (0, 1):
             for rect, text, v in zip(self.rects[j], self.texts[j], s.risks[:, j]):
                 rect.set_height(0 if np.isnan(v) else v)
                 text.set(text="" if np.isnan(v) else f"{v:.3f}", y=0 if np.isnan(v) else v)
         self.bars.set_ylim(0, 1.3 * top)
 
-    def png(self,
+    def png(
+        self,
         s: Scene,  # from `scene`
         level: int = 1,  # of compression, 1 (fast) to 9 (small)
     ) -> bytes:
@@ -586,27 +681,40 @@ class Stage:
 def _sliders(p: GaussianPair, eps: float, lam: float) -> dict:
     "The explorer's controls, by name."
     import ipywidgets as wid
+
     look = dict(style=dict(description_width="70px"), layout=wid.Layout(width="300px"))
-    ranges = dict(prior=(0, 1, .01), mu_pos=(-1, 3, .05), mu_neg=(-1, 3, .05), sigma_pos=(.1, 4, .05),
-                  sigma_neg=(.1, 4, .05))
-    made = {k: wid.FloatSlider(value=getattr(p, k), min=a, max=b, step=c, description=k, **look)
-            for k, (a, b, c) in ranges.items()}
+    ranges = dict(
+        prior=(0, 1, 0.01),
+        mu_pos=(-1, 3, 0.05),
+        mu_neg=(-1, 3, 0.05),
+        sigma_pos=(0.1, 4, 0.05),
+        sigma_neg=(0.1, 4, 0.05),
+    )
+    made = {
+        k: wid.FloatSlider(value=getattr(p, k), min=a, max=b, step=c, description=k, **look)
+        for k, (a, b, c) in ranges.items()
+    }
     made["d"] = wid.IntSlider(value=p.d, min=1, max=50, description="d", **look)
-    made["eps"] = wid.FloatSlider(value=eps, min=0, max=2, step=.05, description="eps", **look)
-    made["mixing"] = wid.ToggleButtons(options=["pairs", "k-way"], description="mix", value="pairs",
-                                   style=dict(description_width="70px", button_width="90px"))
-    made["lam"] = wid.FloatSlider(value=lam, min=0, max=1, step=.01, description="lambda", **look)
+    made["eps"] = wid.FloatSlider(value=eps, min=0, max=2, step=0.05, description="eps", **look)
+    made["mixing"] = wid.ToggleButtons(
+        options=["pairs", "k-way"],
+        description="mix",
+        value="pairs",
+        style=dict(description_width="70px", button_width="90px"),
+    )
+    made["lam"] = wid.FloatSlider(value=lam, min=0, max=1, step=0.01, description="lambda", **look)
     made["k"] = wid.IntSlider(value=2, min=1, max=10, description="k", disabled=True, **look)
     return made
 
 
 def explore(
     p: GaussianPair = BASE,  # where the sliders start, plain numbers
-    eps: float = .6,  # radius
-    lam: float = .5,  # mixing weight in [0, 1]
+    eps: float = 0.6,  # radius
+    lam: float = 0.5,  # mixing weight in [0, 1]
 ):  # an ipywidgets box, shown by a notebook or Voila; its `sliders` attribute holds the controls
     "Move the problem and watch plain and mixed lines, errors and class risks - Thms 3, 4"
     import ipywidgets as wid
+
     scene(p, variance_factor(lam), eps)  # refuses bad input before anything is shown
     s, stage = _sliders(p, eps, lam), Stage()
     picture, words = wid.Image(format="png", width=720, height=300), wid.HTML()
@@ -622,7 +730,13 @@ def explore(
     for control in s.values():
         control.observe(move, "value")
     move()
-    columns = (("prior", "d", "eps"), ("mu_pos", "mu_neg", "sigma_pos", "sigma_neg"), ("mixing", "lam", "k"))
-    box = wid.VBox([wid.HBox([wid.VBox([s[k] for k in names]) for names in columns]), picture, words])
+    columns = (
+        ("prior", "d", "eps"),
+        ("mu_pos", "mu_neg", "sigma_pos", "sigma_neg"),
+        ("mixing", "lam", "k"),
+    )
+    box = wid.VBox(
+        [wid.HBox([wid.VBox([s[k] for k in names]) for names in columns]), picture, words]
+    )
     box.sliders = s
     return box

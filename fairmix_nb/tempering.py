@@ -31,7 +31,7 @@ def tempered_prior(
     p: GaussianPair,  # the two classes
     g: float = 1.,  # variance factor of the mixed data, in (0, 1]
 ) -> np.ndarray:  # P(y = +1) of the problem on original data with the same stationary line
-    r"The prior whose odds are $(\alpha/(1-\alpha))^g\,(\sigma_+/\sigma_-)^{1-g}$ - tempering theorem"
+    r"Prior with odds $(\alpha/(1-\alpha))^g\,(\sigma_+/\sigma_-)^{1-g}$ - tempering theorem"
     (g,) = _reals(g=g)
     _check_g_eps(g, 0.)
     _broadcast(g=g, p=np.empty(p.shape))
@@ -43,7 +43,7 @@ def fairness_path(
     gs: np.ndarray,  # variance factors in [0, 1]; 0 is the limit of equal risks
     eps: float = 0.,  # radius, >= 0, trained against and measured at
 ) -> tuple:  # thresholds `(...)` and risks on the original data `(..., 2)`
-    "The lines that mixing with factor g leads to, from optimal (1) to fair (0) - Thms 3, 4, tempering"
+    "The lines that mixing leads to, from optimal (g = 1) to fair (0) - Thms 3, 4, tempering"
     gs, eps = _reals(gs=gs, eps=eps)
     _check(~((gs >= 0) & (gs <= 1)), "gs must lie in [0, 1]", gs)
     t = threshold(p, np.where(gs > 0, gs, 1.), eps)
@@ -123,7 +123,7 @@ def law_threshold(
     law,  # of lambda: a number in [0, 1], 'uniform' or a SciPy frozen distribution on [0, 1]
     eps: float = 0.,  # radius the line is trained against, >= 0
 ) -> np.ndarray:  # t = b/w of the optimal line; +inf: always +1, -inf: always -1
-    "Global minimiser of the linear risk on data mixed with a random lambda - eqs. (9)-(13), tempering, 2"
+    "Global minimiser of the risk on data mixed with a random lambda - eqs. (9)-(13)"
     _check_law(law)
     if isinstance(law, Real):
         return threshold(p, variance_factor(float(law)), eps)
