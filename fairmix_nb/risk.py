@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from scipy.stats import beta, binomtest, norm
 
-# %% ../nbs/08_risk.ipynb #b4e039a1
+# %% ../nbs/08_risk.ipynb #3d87dd53
 def _flags(
     wrong, # array-like of booleans or 0/1
     name: str = "wrong", # for the message
@@ -26,7 +26,7 @@ def _flags(
                          f"from {wrong.min()} to {wrong.max()}")
     return wrong.astype(bool)
 
-# %% ../nbs/08_risk.ipynb #a12db447
+
 def _labels(
     wrong, # flags `(..., n)`
     y, # labels `(n,)` in 0..C-1
@@ -44,7 +44,7 @@ def _labels(
                          f"from {y.min()} to {y.max()}")
     return wrong, y
 
-# %% ../nbs/08_risk.ipynb #05115a12
+# %% ../nbs/08_risk.ipynb #d25a2ca5
 def class_counts(
     wrong, # flags `(..., n)`: True where the image is misclassified
     y, # labels `(n,)` in 0..C-1
@@ -55,7 +55,7 @@ def class_counts(
     k = np.apply_along_axis(lambda w: np.bincount(y[w], minlength=n_cls), -1, wrong)
     return k, np.bincount(y, minlength=n_cls)
 
-# %% ../nbs/08_risk.ipynb #722f4936
+
 def classwise_risk(
     wrong, # flags `(..., n)`: True where the image is misclassified
     y, # labels `(n,)` in 0..C-1
@@ -65,7 +65,7 @@ def classwise_risk(
     k, n = class_counts(wrong, y, n_cls)
     return np.divide(k, n, out=np.full(k.shape, np.nan), where=n > 0)
 
-# %% ../nbs/08_risk.ipynb #2a751055
+# %% ../nbs/08_risk.ipynb #9673a024
 def _risks(
     risks, # array-like `(..., C)`
 ) -> np.ndarray: # the same as float64
@@ -78,14 +78,14 @@ def _risks(
                          f"{np.nanmin(risks):g} to {np.nanmax(risks):g}")
     return risks
 
-# %% ../nbs/08_risk.ipynb #3086f44c
+
 def _plain(
     x: np.ndarray, # any shape
 ): # a Python float where `x` has no axis, else `x`
     "One number as a Python float (it goes into JSON), several as an array."
     return np.asarray(x).item() if np.ndim(x) == 0 else x
 
-# %% ../nbs/08_risk.ipynb #f184bddd
+
 def summary(
     risks, # class risks `(..., C)` in [0, 1]; nan ignored
 ) -> dict: # avg, std (ddof 0), min, max
@@ -94,14 +94,14 @@ def summary(
     return dict(avg=_plain(np.nanmean(r, -1)), std=_plain(np.nanstd(r, -1)),
                 min=_plain(np.nanmin(r, -1)), max=_plain(np.nanmax(r, -1)))
 
-# %% ../nbs/08_risk.ipynb #0ed7899e
+# %% ../nbs/08_risk.ipynb #c96ebcd9
 def worst_class(
     risks, # class risks `(..., C)` in [0, 1]; nan ignored
 ): # `(...)`
     "Risk of the worst class."
     return _plain(np.nanmax(_risks(risks), -1))
 
-# %% ../nbs/08_risk.ipynb #f4c5f746
+# %% ../nbs/08_risk.ipynb #6d3f86fa
 def exact_interval(
     k, # errors, 0 <= k <= n; may be fractional (a mean over seeds)
     n, # images, an array-like that broadcasts with `k`
@@ -118,7 +118,7 @@ def exact_interval(
     hi = np.where(k < n, beta.isf(tail, k + 1, np.where(k < n, n - k, 1)), 1.)
     return _plain(lo), _plain(hi)
 
-# %% ../nbs/08_risk.ipynb #84fbd56b
+# %% ../nbs/08_risk.ipynb #a60eddbf
 def worst_interval(
     k, # errors `(..., C)`
     n, # images `(..., C)` or `(C,)`; classes without images are left out
@@ -134,7 +134,7 @@ def worst_interval(
     lo, hi = exact_interval(k, n, 1 - (1 - level)/seen.sum(-1, keepdims=True))
     return _plain(np.max(lo, -1)), _plain(np.where(seen, hi, 0).max(-1))
 
-# %% ../nbs/08_risk.ipynb #18c593d6
+# %% ../nbs/08_risk.ipynb #7d721c33
 def bootstrap_risks(
     wrong, # flags `(m, n)` of m classifiers (methods, seeds) on the same images
     y, # labels `(n,)` in 0..C-1
@@ -151,7 +151,7 @@ def bootstrap_risks(
         risks[..., c] = draws @ outcomes.T.astype(float)/count.sum()
     return risks
 
-# %% ../nbs/08_risk.ipynb #92a356b2
+# %% ../nbs/08_risk.ipynb #f479f597
 def _pair(
     a, # flags `(n,)` or `(s, n)`
     b, # the same shape
@@ -165,14 +165,14 @@ def _pair(
     if not 0 < level < 1: raise ValueError(f"level must lie in (0, 1), got {level:g}")
     return a, b
 
-# %% ../nbs/08_risk.ipynb #4f28256c
+
 class Paired(NamedTuple):
     "A difference b - a between two methods on the same images, with its interval."
     diff: float # negative: b has the lower statistic
     lo: float # lower end
     hi: float # upper end
 
-# %% ../nbs/08_risk.ipynb #82fa32d8
+# %% ../nbs/08_risk.ipynb #06542e0d
 def paired_bootstrap(
     a, # flags `(n,)` or `(s, n)`: the first method, s seeds on the same images
     b, # flags of the second method, same shape
@@ -197,7 +197,7 @@ def paired_bootstrap(
     lo, hi = np.quantile(boot, [(1 - level)/2, (1 + level)/2])
     return Paired(diff.item(), lo.item(), hi.item())
 
-# %% ../nbs/08_risk.ipynb #484938ae
+# %% ../nbs/08_risk.ipynb #b5a66a28
 def worst_difference(
     a, # flags `(n,)` or `(s, n)`: the first method, s seeds on the same images
     b, # flags of the second method, same shape
@@ -205,7 +205,7 @@ def worst_difference(
     n_cls: int, # number of classes C
     level: float = .95, # confidence, in (0, 1)
 ) -> Paired: # worst-class risk of b minus that of a (risks averaged over seeds)
-    "The same difference with guaranteed coverage, whichever classes are worst (4 C intervals)."
+    "The same difference with guaranteed coverage, whichever classes are worst (Bonferroni)."
     a, b = _pair(a, b, level)
     k, n = class_counts(np.stack([a, b, b & ~a, a & ~b]), y, n_cls)
     k, n = k.mean(1)[:, n > 0], n[n > 0]
@@ -216,7 +216,7 @@ def worst_difference(
     lo, hi = max(lo, lo_b.max() - hi_a.max()), min(hi, hi_b.max() - lo_a.max())
     return Paired((k[1]/n).max().item() - (k[0]/n).max().item(), float(lo), float(hi))
 
-# %% ../nbs/08_risk.ipynb #4deb214d
+# %% ../nbs/08_risk.ipynb #ee6f3539
 def mcnemar(
     a, # flags `(n,)` of the first method
     b, # flags `(n,)` of the second, on the same images
@@ -228,7 +228,7 @@ def mcnemar(
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.
 
-# %% ../nbs/08_risk.ipynb #6f674a30
+# %% ../nbs/08_risk.ipynb #785108f7
 def images_needed(
     diff: float, # difference to see, in (0, 1): .02 is two points
     risk: float = .5, # the risk midway between the two, in (0, 1)
@@ -243,7 +243,7 @@ def images_needed(
     z = norm.ppf((1 + level)/2) + norm.ppf(power)
     return int(np.ceil(z**2*(p*(1 - p) + q*(1 - q))/diff**2))
 
-# %% ../nbs/08_risk.ipynb #8809798d
+# %% ../nbs/08_risk.ipynb #0ab3960f
 def risk_range(
     risks, # class risks `(..., C)` in [0, 1]; nan ignored
 ): # `(...)`; 0 is equal
@@ -251,7 +251,7 @@ def risk_range(
     r = _risks(risks)
     return _plain(np.nanmax(r, -1) - np.nanmin(r, -1))
 
-# %% ../nbs/08_risk.ipynb #bc35bac6
+
 def gini(
     risks, # class risks `(..., C)` in [0, 1]; nan ignored
 ): # `(...)` in [0, 1); 0 is equal (also when every risk is 0)
@@ -261,7 +261,7 @@ def gini(
     weights = 2*np.arange(1, r.shape[-1] + 1) - m[..., None] - 1
     return _plain(np.nansum(weights*r, -1)/np.where(total > 0, m*total, 1))
 
-# %% ../nbs/08_risk.ipynb #432e5891
+
 def cvar(
     risks, # class risks `(..., C)` in [0, 1]; nan ignored
     k: int, # how many classes, 1..C
@@ -273,7 +273,7 @@ def cvar(
         raise ValueError(f"k must be an integer in 1..{seen} (classes with images), got {k}")
     return _plain(np.sort(np.where(np.isnan(r), -1, r), -1)[..., -int(k):].mean(-1))
 
-# %% ../nbs/08_risk.ipynb #e46db411
+
 def nsd(
     risks, # class risks `(..., C)` in [0, 1]; nan ignored
 ): # `(...)`; nan where every accuracy is 0
@@ -282,7 +282,7 @@ def nsd(
     std, avg = np.nanstd(acc, -1), np.nanmean(acc, -1)
     return _plain(np.divide(std, avg, out=np.full(avg.shape, np.nan), where=avg > 0))
 
-# %% ../nbs/08_risk.ipynb #60bee212
+# %% ../nbs/08_risk.ipynb #36dfcddd
 def rho(
     base, # class risks `(..., C)` of the baseline, in [0, 1]
     new, # class risks `(..., C)` of the new method
@@ -297,7 +297,7 @@ def rho(
         return np.divide(v - b, b, out=np.full(b.shape, np.nan), where=b > 0)
     return _plain(gain(np.nanmin) + gain(np.nanmean))
 
-# %% ../nbs/08_risk.ipynb #346572a9
+# %% ../nbs/08_risk.ipynb #f733c305
 def worst_case(
     flags, # `(attacks, ..., n)` booleans, ordered from clean and weak to strong
 ) -> np.ndarray: # same shape: wrong under this attack or any before it
@@ -307,14 +307,14 @@ def worst_case(
         raise ValueError(f"flags must be (attacks, ..., images), got shape {flags.shape}")
     return np.logical_or.accumulate(flags, axis=0)
 
-# %% ../nbs/08_risk.ipynb #04c0de52
+# %% ../nbs/08_risk.ipynb #2cc1b941
 def pack_flags(
     wrong, # flags of any shape
 ) -> str: # base64 text of the bits, row by row: 8 flags a byte
     "Flags as text for a JSON record."
     return base64.b64encode(np.packbits(_flags(wrong)).tobytes()).decode("ascii")
 
-# %% ../nbs/08_risk.ipynb #acfc06b7
+
 def unpack_flags(
     text: str, # from `pack_flags`
     n, # number of flags, or their shape
