@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_GRAD', 'NORMS', 'cross_entropy', 'fgsm', 'pgd', 'in_pixels', 'in_normalised']
 
-# %% ../nbs/07_attacks.ipynb #73736432
+# %% ../nbs/07_attacks.ipynb #45a459ee
 import difflib
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/07_attacks.ipynb #9ef9e165
+# %% ../nbs/07_attacks.ipynb #f118322f
 def cross_entropy(
     logits: torch.Tensor,  # `(n, C)`
     y: torch.Tensor,  # classes `(n,)` long, or class probabilities `(n, C)`
@@ -21,7 +21,6 @@ def cross_entropy(
     "The attacked loss: cross-entropy of each sample, not averaged"
     return F.cross_entropy(logits, y, reduction='none')
 
-# %% ../nbs/07_attacks.ipynb #fb92ae85
 def _objective(loss, y, targeted, n_cls):
     "What an attack raises, as a function of the logits: the loss, or minus the loss of the target"
     def value(logits):
@@ -35,7 +34,7 @@ def _objective(loss, y, targeted, n_cls):
         return -v if targeted else v
     return value
 
-# %% ../nbs/07_attacks.ipynb #373035bf
+# %% ../nbs/07_attacks.ipynb #7106c7dc
 NO_GRAD = ("model(x) must depend on x differentiably, got no gradient: are the logits detached, "
            "made under no_grad or inference_mode, or an argmax?")
 
@@ -48,7 +47,7 @@ def _value_and_grad(model, z, value):
     if g is None: raise ValueError(NO_GRAD)
     return v.detach(), g
 
-# %% ../nbs/07_attacks.ipynb #aeef1587
+# %% ../nbs/07_attacks.ipynb #41907a5e
 def _linf_direction(g): return g.sign()
 def _linf_project(d, eps): return d.clamp(-eps, eps)
 
@@ -56,7 +55,6 @@ def _linf_start(x, eps, generator):
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     return (2 * u - 1) * eps
 
-# %% ../nbs/07_attacks.ipynb #a441b581
 def _length(v):
     "Euclidean length of each sample `(n, 1, ..., 1)`, never of the whole batch"
     return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
@@ -74,11 +72,10 @@ def _l2_start(x, eps, generator):
     radius = torch.rand(len(x), *[1] * (x.ndim - 1), **like) ** (1 / x[0].numel())
     return eps * radius * _l2_direction(torch.randn(x.shape, **like))
 
-# %% ../nbs/07_attacks.ipynb #e257a0cf
 NORMS = {'linf': (_linf_direction, _linf_project, _linf_start),
          'l2': (_l2_direction, _l2_project, _l2_start)}
 
-# %% ../nbs/07_attacks.ipynb #4e6fe490
+# %% ../nbs/07_attacks.ipynb #ce8b3fac
 def _one_of(what, name, names):
     "Refuse a `name` that is not among `names`, with the nearest that is"
     if name in names: return
@@ -86,7 +83,6 @@ def _one_of(what, name, names):
     raise ValueError(f"{what} must be one of {', '.join(map(repr, names))}, got {name!r}: "
                      f"did you mean {near[0]!r}?")
 
-# %% ../nbs/07_attacks.ipynb #6f2d5b46
 def _check_x(x, box):
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}: x.float() / 255 makes pixels")
@@ -98,7 +94,7 @@ def _check_x(x, box):
         raise ValueError(f"x must lie in the box [{box[0]}, {box[1]}], got min {lo:.4g}, "
                          f"max {hi:.4g}; box=None switches the valid range off")
 
-# %% ../nbs/07_attacks.ipynb #cbe6af94
+# %% ../nbs/07_attacks.ipynb #90196f16
 def _check_eps(eps, x, norm, box):
     e, each = torch.as_tensor(eps), (len(x), *[1] * (x.ndim - 1))
     try: fits = torch.broadcast_shapes(e.shape, x.shape) == x.shape
@@ -115,7 +111,7 @@ def _check_eps(eps, x, norm, box):
         raise ValueError(f"eps must be finite and lie in [0, {most:.4g}], got {bad[0].item():.4g}; "
                          "radii are in the units of x: 8/255 for pixels, not 8")
 
-# %% ../nbs/07_attacks.ipynb #f71410a8
+# %% ../nbs/07_attacks.ipynb #a67e0a93
 def _check_y(y, x):
     "Refuse labels that do not fit `x`; returns the number of classes they need"
     if len(y) != len(x):
@@ -128,7 +124,6 @@ def _check_y(y, x):
     if lo < 0: raise ValueError(f"y must hold classes from 0 upwards, got {lo}")
     return hi + 1
 
-# %% ../nbs/07_attacks.ipynb #05fabf58
 def _check(x, y, eps, norm, box):
     "All checks that cost a look at the data, once per call; returns the classes needed"
     if box is not None and not box[0] < box[1]:
@@ -137,10 +132,9 @@ def _check(x, y, eps, norm, box):
     _check_eps(eps, x, norm, box)
     return _check_y(y, x)
 
-# %% ../nbs/07_attacks.ipynb #766463bd
+# %% ../nbs/07_attacks.ipynb #183f6f87
 def _clip(z, box): return z if box is None else z.clamp(*box)
 
-# %% ../nbs/07_attacks.ipynb #b5f84e7e
 @torch.no_grad()
 def fgsm(
     model: Callable,  # logits `(n, C)` of `(n, ...)`; its mode and flags are left as they are
@@ -161,7 +155,7 @@ def fgsm(
     _, g = _value_and_grad(model, x, _objective(loss, y, targeted, n_cls))
     return _clip(x + eps * NORMS[norm][0](g), box)
 
-# %% ../nbs/07_attacks.ipynb #94d775bc
+# %% ../nbs/07_attacks.ipynb #d3fd3fd7
 def _path(model, z, x, eps, steps, step_size, norm, box, value):
     "The points of one ascent from `z` and their values; the last point's is left to the caller"
     direction, project, _ = NORMS[norm]
@@ -171,13 +165,11 @@ def _path(model, z, x, eps, steps, step_size, norm, box, value):
         z = _clip(x + project(z - x + step_size * direction(g), eps), box)
     yield z, None
 
-# %% ../nbs/07_attacks.ipynb #04a0b3f9
 def _starts(x, eps, norm, box, random_start, restarts, generator):
     "Where the ascents begin, drawn one at a time: more restarts keep the earlier ones"
     for _ in range(restarts):
         yield _clip(x + NORMS[norm][2](x, eps, generator), box) if random_start else x
 
-# %% ../nbs/07_attacks.ipynb #f495c969
 def _worst(model, x, value, paths):
     "Per sample the point of largest value on all `paths`, `x` included"
     best, top = x, value(model(x))
@@ -189,7 +181,7 @@ def _worst(model, x, value, paths):
             top = torch.where(up, v, top)
     return best
 
-# %% ../nbs/07_attacks.ipynb #28ac030b
+# %% ../nbs/07_attacks.ipynb #12e5cecd
 def _check_run(x, norm, keep, steps, step_size, restarts, random_start, generator):
     "The checks that look at no data, always done"
     _one_of('norm', norm, NORMS)
@@ -208,7 +200,7 @@ def _check_run(x, norm, keep, steps, step_size, restarts, random_start, generato
     if isinstance(step_size, (int, float)) and not 0 < step_size < math.inf:
         raise ValueError(f"step_size must be positive and finite, got {step_size}")
 
-# %% ../nbs/07_attacks.ipynb #ac711824
+# %% ../nbs/07_attacks.ipynb #dc62116a
 @torch.no_grad()
 def pgd(
     model: Callable,  # logits `(n, C)` of `(n, ...)`; its mode and flags are left as they are
@@ -239,14 +231,13 @@ def pgd(
     for z, _ in next(paths): pass
     return z
 
-# %% ../nbs/07_attacks.ipynb #c327a98c
+# %% ../nbs/07_attacks.ipynb #8316babb
 def _per_channel(std):
     std = torch.as_tensor(std, dtype=torch.get_default_dtype())
     if std.ndim != 1 or not ((std > 0) & std.isfinite()).all():
         raise ValueError(f"std must hold one positive number per channel, got {std.tolist()}")
     return std.view(1, -1, 1, 1)
 
-# %% ../nbs/07_attacks.ipynb #dd1a6fe9
 def in_pixels(
     eps: float | torch.Tensor,  # radius in normalised units
     std: tuple,  # the divisor of each channel, in pixel units of [0, 1]

@@ -102,3 +102,8 @@ def test_records_are_readable_and_say_where_they_come_from(path):
                 assert wrong.sum() == sum(totals), (m, a)
         widest = max(map(len, str(c).split("\n\n")[1].splitlines() + str(c).split("\n\n")[2].splitlines()))
         assert widest <= 100, widest
+
+
+def test_readme_tells_the_errata_of_the_chapter():
+    table = lambda name: next(source(c) for c in cells(ROOT / "nbs" / name, "markdown") if source(c).startswith("| where | printed"))
+    assert table("index.ipynb") == table("04_remarks.ipynb")
