@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'preset', 'compare', 'Comparison', 'show', 'parse_eps']
 
-# %% ../nbs/13_compare.ipynb #5e3cee05
+# %% ../nbs/13_compare.ipynb #857bded1
 import argparse
 import csv
 import io
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -533,7 +534,7 @@ def parser():
     show.add_argument("folder", type=Path)
     return top
 
-# %% ../nbs/13_compare.ipynb #2dc4d79b
+# %% ../nbs/13_compare.ipynb #552505cb
 def run_compare(args):
     "The comparison that the arguments ask for, and its folder."
     if args.resume and not args.out:
@@ -558,7 +559,9 @@ def main(argv: list | None = None) -> int:
         else:
             result, out = run_compare(args)
     except KeyboardInterrupt as e:
-        print(f"\nfairmix: {e}. Go on with --out FOLDER --resume.", file=sys.stderr)
+        print(f"\nfairmix: {e}. Go on with --out FOLDER --resume.", file=sys.stderr, flush=True)
+        if argv is None:
+            os._exit(130)  # all files are complete; unloading PyTorch would take seconds
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f"fairmix: {e}", file=sys.stderr)

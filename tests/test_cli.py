@@ -144,7 +144,7 @@ def test_no_space_left(capsys, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
     out = tmp_path / "run"
-    code = "import sys; from fairmix_nb.compare import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from fairmix_nb.compare import main; sys.exit(main())"
     argv = ["compare", "--methods", "at", "--seeds", "0", "--epochs", "500", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
