@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log_odds', 'threshold', 'optimal_risk']
 
-# %% ../nbs/03_theory.ipynb #a71c319d
+# %% ../nbs/03_theory.ipynb #a4ce5cec
 import numpy as np
-from scipy.special import log_ndtr
+from scipy.special import erfcx
 
 from .gaussian import GaussianPair
 from .gaussian import _broadcast
@@ -29,7 +29,7 @@ def log_odds(
         far = np.log(p.prior / np.subtract(1, p.prior)) + np.log(np.divide(p.sigma_neg, p.sigma_pos))
     return np.where(2 * np.abs(pos - neg) < neg, near, far)[()]
 
-# %% ../nbs/03_theory.ipynb #c3c99b86
+# %% ../nbs/03_theory.ipynb #95017805
 def threshold(
     p: GaussianPair,  # the two classes; arrays of problems broadcast
     g: float = 1.,  # variance factor of the data the line is fitted to, in (0, 1]
@@ -57,12 +57,11 @@ def threshold(
 def _or_constant(t, S, L, p):
     "t, or the infinity of the constant classifier where that one has the smaller risk."
     side = np.sign(np.subtract(p.sigma_pos, p.sigma_neg))  # the only constant that can win
+    wide, narrow = np.maximum(p.sigma_pos, p.sigma_neg), np.minimum(p.sigma_pos, p.sigma_neg)
     with np.errstate(divide="ignore", invalid="ignore"):
-        z_p, z_m = S / 2 + L / S, S / 2 - L / S
-        log_p, log_m = np.log(p.prior), np.log1p(-np.asarray(p.prior))
-        gain = np.where(side > 0, log_m + log_ndtr(z_m) - log_p - log_ndtr(-z_p),
-                        log_p + log_ndtr(z_p) - log_m - log_ndtr(-z_m))
-    t = np.where((side != 0) & ~(gain >= 0), np.copysign(np.inf, side), t)
+        z_wide, z_narrow = S / 2 + side * L / S, S / 2 - side * L / S
+        wins = wide * erfcx(z_wide / np.sqrt(2)) <= narrow * erfcx(-z_narrow / np.sqrt(2))
+    t = np.where((side == 0) | wins, t, np.copysign(np.inf, side))
     return np.where(np.isinf(L), L, t)[()]
 
 
