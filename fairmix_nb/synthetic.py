@@ -7,7 +7,7 @@ __all__ = ['BASE', 'FITS', 'SCENARIOS', 'fit_logistic', 'trained_risk', 'mixed_p
            'draw', 'draw_sample', 'panel_1a', 'panel_1b', 'panel_2a', 'panel_2b', 'Scenario', 'one_draw',
            'finite_samples', 'summarise', 'plot_finite', 'Scene', 'scene', 'Stage', 'explore']
 
-# %% ../nbs/06_synthetic.ipynb #57a82ec2
+# %% ../nbs/06_synthetic.ipynb #1305d414
 import io
 import json
 import os
@@ -26,6 +26,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.special import ndtr
 
+import fairmix_nb
 from .gaussian import GaussianPair
 from .gaussian import class_risk
 from .gaussian import gap
@@ -351,7 +352,7 @@ SCENARIOS = (
     Scenario("natural risk after AT", GaussianPair(.7, 1.2, 1., .55, 1, .7), .44, 0., "sigmoid",
              (100, 300, 1000, 3000, 10_000, 30_000)))
 
-# %% ../nbs/06_synthetic.ipynb #960d42c7
+# %% ../nbs/06_synthetic.ipynb #c2b9bf15
 def _separable(w, b, x, y, eps) -> bool:
     "Does the line get every training point right, with the adversary at work?"
     return bool(np.min(y * (x @ w + b) - eps * np.abs(w).sum()) > 0)
@@ -380,7 +381,7 @@ def _where() -> dict:
     names = [v.split(":")[1].strip() for v in cpu.read_text().splitlines()
              if v.startswith("model name")] if cpu.exists() else []
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(fairmix_nb.__file__).parent,
                                 capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
