@@ -80,7 +80,7 @@ def _frozen(x: np.ndarray, kind: type):
     x.setflags(write=False)
     return x
 
-# %% ../nbs/01_gaussian.ipynb #ffd0cc22
+# %% ../nbs/01_gaussian.ipynb #8f7db6fb
 def _sample(
     self: GaussianPair,
     n: int,  # number of points
@@ -99,7 +99,7 @@ def _sample(
 
 GaussianPair.sample = _sample
 
-# %% ../nbs/01_gaussian.ipynb #af6a266b
+# %% ../nbs/01_gaussian.ipynb #f542b16b
 def linear_risk(
     w: np.ndarray,  # weights `(..., d)`, not all zero
     b: np.ndarray,  # bias `(...)`
@@ -107,7 +107,7 @@ def linear_risk(
     g: float = 1.,  # variance factor in (0, 1]
     eps: float = 0.,  # radius of the adversary's box, >= 0
 ) -> np.ndarray:  # `(..., 2)` risks in the order (+1, -1)
-    "Class-wise risk of any linear classifier sign(<w, x> + b) under the worst point of the box - eq. (3)"
+    "Class-wise risk of any sign(<w, x> + b) at the worst point of the box - eqs. (1), (3)"
     w, b, g, eps = _reals(w=w, b=b, g=g, eps=eps)
     _check_g_eps(g, eps)
     if not w.ndim or np.any(np.asarray(p.d) != w.shape[-1]):
@@ -121,7 +121,7 @@ def linear_risk(
     risks[..., 1] = ndtr((b - p.mu_neg * total + push) / (scale * p.sigma_neg))
     return risks
 
-# %% ../nbs/01_gaussian.ipynb #91304890
+# %% ../nbs/01_gaussian.ipynb #f1721e18
 def _two_sum(a, b):
     "a + b and its rounding error, exactly."
     s = a + b
@@ -146,7 +146,7 @@ def _numerator(t, d, mu, eps):
     s, e3 = _two_sum(finite, a)
     return np.where(np.isinf(t), t, s + (e3 + (e2 + d * e1)))
 
-# %% ../nbs/01_gaussian.ipynb #871c962b
+# %% ../nbs/01_gaussian.ipynb #a4a91156
 def z_scores(
     t: np.ndarray,  # threshold b/w of the classifier sign(sum(x) + t); +inf is "always +1"
     p: GaussianPair,  # the two classes
@@ -183,7 +183,7 @@ def log_class_risk(
     "Logarithm of `class_risk`, accurate where the risk itself underflows - eqs. (1), (3)"
     return log_ndtr(-z_scores(t, p, g, eps))
 
-# %% ../nbs/01_gaussian.ipynb #bc64e539
+# %% ../nbs/01_gaussian.ipynb #e5836e47
 def _check_risks(risks) -> np.ndarray:
     "Risks as an array with a last axis of length 2 and values in [0, 1]."
     (risks,) = _reals(risks=risks)
@@ -211,7 +211,7 @@ def gap(
     risks = _check_risks(risks)
     return np.abs(risks[..., 0] - risks[..., 1])
 
-# %% ../nbs/01_gaussian.ipynb #bb5d1ea7
+# %% ../nbs/01_gaussian.ipynb #66bc7dd3
 def mc_class_risk(
     t: float,  # threshold of sign(sum(x) + t)
     p: GaussianPair,  # the two classes, plain numbers
