@@ -38,7 +38,7 @@ from .mixup import variance_factor
 from .theory import optimal_risk
 from .theory import threshold
 
-# %% ../nbs/06_synthetic.ipynb #a23ba9b1
+# %% ../nbs/06_synthetic.ipynb #e404318b
 def _check_xy(x: np.ndarray, y: np.ndarray) -> None:
     "Refuse what is not a labelled sample of both classes."
     if x.ndim != 2 or y.shape != x.shape[:1]:
@@ -48,7 +48,7 @@ def _check_xy(x: np.ndarray, y: np.ndarray) -> None:
     if not np.isfinite(x).all():
         raise ValueError("x must be finite, got NaN or infinity")
 
-# %% ../nbs/06_synthetic.ipynb #84c853be
+# %% ../nbs/06_synthetic.ipynb #59860e37
 def fit_logistic(
     x: np.ndarray,  # points `(n, d)`
     y: np.ndarray,  # labels `(n,)`, +1 and -1
@@ -74,7 +74,7 @@ def fit_logistic(
                     options=dict(maxiter=5000, ftol=1e-13, gtol=1e-7)).x
     return best[:d] - best[d:-1], float(best[-1])
 
-# %% ../nbs/06_synthetic.ipynb #8792c74d
+# %% ../nbs/06_synthetic.ipynb #6a63b685
 def trained_risk(
     w: np.ndarray,  # weights `(d,)`; all zero: a constant classifier
     b: float,  # bias
@@ -87,7 +87,7 @@ def trained_risk(
         return linear_risk(w, b, p, g, eps)
     return class_risk(np.inf if b > 0 else -np.inf, p, g, eps)
 
-# %% ../nbs/06_synthetic.ipynb #c7cfdbf1
+# %% ../nbs/06_synthetic.ipynb #00975c36
 def mixed_pairs(
     x: np.ndarray,  # points `(n, d)`
     y: np.ndarray,  # labels `(n,)`, +1 and -1
@@ -107,7 +107,7 @@ def mixed_pairs(
     mixed = [mixer(points, labels)[0] for _ in range(rounds)]
     return torch.cat(mixed).numpy(), np.tile(y, rounds)
 
-# %% ../nbs/06_synthetic.ipynb #4de15273
+# %% ../nbs/06_synthetic.ipynb #6e7b28e8
 def logistic_limit(
     p: GaussianPair,  # the two classes, plain numbers
     g: float = 1.,  # variance factor of the training data, in (0, 1]
@@ -131,7 +131,7 @@ def logistic_limit(
     w, b = minimize(loss, [1., 0.], jac=True, method="BFGS", options=dict(gtol=1e-10)).x
     return float(r * b / w)
 
-# %% ../nbs/06_synthetic.ipynb #595e3d7d
+# %% ../nbs/06_synthetic.ipynb #4c1a5d1c
 def _soft_risk(theta, x, y, eps, h):
     "Mean of Phi(-margin/h), margins as distances to the line, and its gradient."
     w, b = theta[:-1], theta[-1]
@@ -161,10 +161,10 @@ def fit_sigmoid(
         theta = theta / np.linalg.norm(theta[:-1])
     return theta[:-1], float(theta[-1])
 
-# %% ../nbs/06_synthetic.ipynb #f80ce0bb
+# %% ../nbs/06_synthetic.ipynb #1870b85e
 BASE = GaussianPair(mu_pos=1., mu_neg=1., sigma_pos=1., sigma_neg=1., d=4, prior=.8)
 
-# %% ../nbs/06_synthetic.ipynb #720cdbb3
+# %% ../nbs/06_synthetic.ipynb #c2e0c6e2
 @dataclass(frozen=True)
 class Panel:
     "One panel: theory as lines, Monte Carlo and trained classifiers as dots - Figures 1, 2"
@@ -182,7 +182,7 @@ class Panel:
         "The gap along each of the three curves - Remarks 1, 3"
         return gap(self.line)
 
-# %% ../nbs/06_synthetic.ipynb #7bd73efb
+# %% ../nbs/06_synthetic.ipynb #0c815162
 def _draw_curve(ax, panel: Panel, c: int, ls: str) -> None:
     "Curve c of a panel: lines, Monte Carlo crosses, trained circles with error bars."
     at = panel.x[panel.at]
@@ -208,7 +208,7 @@ def draw(
     axes[0].set(ylabel=panel.title, ylim=(0, None))
     return axes
 
-# %% ../nbs/06_synthetic.ipynb #55093472
+# %% ../nbs/06_synthetic.ipynb #fb00a29c
 def _pick(p: GaussianPair, i: int) -> GaussianPair:
     "Problem number i of an array of problems."
     fields = (np.broadcast_to(v, p.shape)[i].item() for v in p.__dict__.values())
@@ -229,7 +229,7 @@ def draw_sample(
             return x, y
     raise ValueError(f"n must be large enough for two points of each class, got {n} at {p.prior}")
 
-# %% ../nbs/06_synthetic.ipynb #986f2954
+# %% ../nbs/06_synthetic.ipynb #f66174a8
 def _dots(q: GaussianPair, eps: float, lam: float, n: int, draws: int, rng) -> tuple:
     "Monte Carlo (est, se) and trained (mean, sd) risks `(3, 2)` for one problem."
     g = variance_factor(lam)
@@ -257,7 +257,7 @@ def _panel(title, xlabel, x, p, eps, lam, n, draws, seed) -> Panel:
     dots = [_dots(_pick(p, i), float(eps[i]), lam, n, draws, rng) for i in at]
     return Panel(title, xlabel, x, line, at, *(np.stack(v, axis=1) for v in zip(*dots)))
 
-# %% ../nbs/06_synthetic.ipynb #5682fff7
+# %% ../nbs/06_synthetic.ipynb #4f81dc99
 def _axis(name: str, values) -> np.ndarray:
     "A panel's horizontal axis: at least two finite numbers."
     x = np.asarray(values, dtype=float)
@@ -272,7 +272,7 @@ def _apart(p: GaussianPair, distance: np.ndarray) -> GaussianPair:
     same = np.zeros_like(shift)
     return replace(p, mu_pos=p.mu_pos + shift, mu_neg=p.mu_neg + shift, d=p.d + same.astype(int))
 
-# %% ../nbs/06_synthetic.ipynb #1cfe3dda
+# %% ../nbs/06_synthetic.ipynb #6c286903
 def panel_1a(
     p: GaussianPair = BASE,  # everything but the distance
     distance=np.linspace(.4, 3, 27),  # of the means per feature, mu_pos + mu_neg, > 0
@@ -287,7 +287,7 @@ def panel_1a(
     many, name = _apart(p, x), r"distance $\mu_+ + \mu_-$"
     return _panel("natural risk", name, x, many, 0., lam, n, draws, seed)
 
-# %% ../nbs/06_synthetic.ipynb #49a18f0b
+# %% ../nbs/06_synthetic.ipynb #69a05a7c
 def panel_1b(
     p: GaussianPair = BASE,  # the two classes
     eps=np.linspace(0, .9, 37),  # radii >= 0, below half the distance of the means
@@ -302,7 +302,7 @@ def panel_1b(
     many = replace(p, mu_pos=np.full(len(x), p.mu_pos))
     return _panel("adversarial risk", r"radius $\epsilon$", x, many, x, lam, n, draws, seed)
 
-# %% ../nbs/06_synthetic.ipynb #d7ebd1df
+# %% ../nbs/06_synthetic.ipynb #a79b9fbd
 def panel_2a(
     p: GaussianPair = BASE,  # everything but the distance
     distance=np.linspace(1.6, 4.2, 27),  # of the means per feature, > 2 eps
@@ -318,7 +318,7 @@ def panel_2a(
     many, name = _apart(p, x), r"distance $\mu_+ + \mu_-$"
     return _panel("adversarial risk", name, x, many, eps, lam, n, draws, seed)
 
-# %% ../nbs/06_synthetic.ipynb #0ddc99c7
+# %% ../nbs/06_synthetic.ipynb #b0893560
 def panel_2b(
     p: GaussianPair = BASE,  # everything but the dimension
     d=np.arange(1, 34),  # dimensions, whole numbers >= 1
@@ -334,7 +334,7 @@ def panel_2b(
     many = replace(p, d=x)
     return _panel("adversarial risk", "dimension $d$", x, many, eps, lam, n, draws, seed)
 
-# %% ../nbs/06_synthetic.ipynb #b34d160c
+# %% ../nbs/06_synthetic.ipynb #ecc6a773
 @dataclass(frozen=True)
 class Scenario:
     "A finite-sample experiment: a problem, how lines are trained and measured, sample sizes"
@@ -355,7 +355,7 @@ SCENARIOS = (
     Scenario("natural risk after AT", GaussianPair(.7, 1.2, 1., .55, 1, .7), .44, 0., "sigmoid",
              (100, 300, 1000, 3000, 10_000, 30_000)))
 
-# %% ../nbs/06_synthetic.ipynb #349165e2
+# %% ../nbs/06_synthetic.ipynb #d0fe8348
 def _separable(w, b, x, y, eps) -> bool:
     "Does the line get every training point right, with the adversary at work?"
     return bool(np.min(y * (x @ w + b) - eps * np.abs(w).sum()) > 0)
@@ -377,7 +377,7 @@ def one_draw(
         separated.append(_separable(w, b, *data, s.eps))
     return np.array(risks), np.array(separated)
 
-# %% ../nbs/06_synthetic.ipynb #abec86cd
+# %% ../nbs/06_synthetic.ipynb #ca8b3edc
 def _where() -> dict:
     "Versions, hardware, threads and commit, for records."
     cpu = Path("/proc/cpuinfo")
@@ -393,7 +393,7 @@ def _where() -> dict:
                 numpy=np.__version__, scipy=scipy.__version__, torch=torch.__version__,
                 commit=commit or None)
 
-# %% ../nbs/06_synthetic.ipynb #4ef90e4e
+# %% ../nbs/06_synthetic.ipynb #349437ca
 def finite_samples(
     scenarios: tuple = SCENARIOS,  # the experiments
     draws: int = 100,  # samples per experiment and n, >= 30 for the intervals
@@ -418,7 +418,7 @@ def finite_samples(
     return dict(schema=1, kind="synthetic_finite", config=config, where=_where(),
                 seconds=round(time.perf_counter() - start, 1), cells=cells)
 
-# %% ../nbs/06_synthetic.ipynb #94faa76d
+# %% ../nbs/06_synthetic.ipynb #9f9dbda3
 def summarise(
     record: dict,  # of `finite_samples`
 ) -> list:  # one dict per experiment, n and measure
@@ -436,7 +436,7 @@ def summarise(
                              change_half=half * change.std(ddof=1)))
     return rows
 
-# %% ../nbs/06_synthetic.ipynb #adec067a
+# %% ../nbs/06_synthetic.ipynb #e551f310
 def plot_finite(
     record: dict,  # of `finite_samples`
     measures: tuple = ("gap", "worst class"),  # one row of axes each
@@ -461,7 +461,7 @@ def plot_finite(
         ax.set_xlabel("points n")
     return fig
 
-# %% ../nbs/06_synthetic.ipynb #518d4e43
+# %% ../nbs/06_synthetic.ipynb #f84e662e
 @dataclass(frozen=True)
 class Scene:
     "What the explorer shows at one position of its sliders"
@@ -484,7 +484,7 @@ def _note(p, t, risks) -> str:
                  f"{overall_risk(before, p.prior):.3f} -> {overall_risk(after, p.prior):.3f}.")
     return " ".join(words)
 
-# %% ../nbs/06_synthetic.ipynb #da961e6f
+# %% ../nbs/06_synthetic.ipynb #7261017f
 def scene(
     p: GaussianPair,  # the problem, plain numbers
     g: float,  # variance factor of the mixed data, in (0, 1]
@@ -504,7 +504,12 @@ def scene(
     risks = class_risk([t[0], t[1], t[1]], p, [1., 1., g], eps)
     return Scene(p, g, eps, t, risks, _note(p, t, risks))
 
-# %% ../nbs/06_synthetic.ipynb #aac7215d
+# %% ../nbs/06_synthetic.ipynb #4b1ce659
+def _bell(u, centre, dev):
+    "A normal density, up to the factor sqrt(2 pi)."
+    return np.exp(-((u - centre) / dev)**2 / 2) / dev
+
+
 def _build_curves(views) -> tuple:
     "Per view and class a bell, a thin bell (mixed) and an area; per view a cut."
     parts = []
@@ -529,12 +534,7 @@ def _build_bars(ax) -> tuple:
     ax.legend(fontsize=7, loc="upper right", frameon=False)
     return rects, texts
 
-# %% ../nbs/06_synthetic.ipynb #0f33f607
-def _bell(u, centre, dev):
-    "A normal density, up to the factor sqrt(2 pi)."
-    return np.exp(-((u - centre) / dev)**2 / 2) / dev
-
-
+# %% ../nbs/06_synthetic.ipynb #363339b6
 def _move_curves(stage, s: Scene) -> None:
     "Bells, areas and cuts of both views to the scene."
     r, sigma = np.sqrt(s.p.d), np.array([s.p.sigma_pos, s.p.sigma_neg])
@@ -556,54 +556,75 @@ def _move_curves(stage, s: Scene) -> None:
         line.set_visible(bool(np.isfinite(t)))
         line.set_xdata([-t / r] * 2 if np.isfinite(t) else [low] * 2)
 
-
+# %% ../nbs/06_synthetic.ipynb #37e4113e
 def _move_bars(stage, s: Scene) -> None:
     "Bars and numbers to the scene; the axis has six heights, so that it does not flicker."
-    risks = np.nan_to_num(s.risks)
-    stage.bars.set_ylim(0, 1.3 * min(v for v in (.05, .1, .2, .4, .7, 1.) if v >= risks.max()))
+    none, risks = np.isnan(s.risks).any(), np.nan_to_num(s.risks)
+    fits = [v for v in (.05, .1, .2, .4, .7, 1.) if v >= risks.max() and not none]
+    stage.bars.set_ylim(0, 1.3 * min(fits, default=1.))
     for j in (0, 1):
         for rect, text, v in zip(stage.rects[j], stage.texts[j], risks[:, j]):
             rect.set_height(v)
-            text.set(y=v, text="" if np.isnan(s.risks[0, 0]) else f"{v:.3f}")
+            text.set(y=v, text="" if none else f"{v:.3f}")
 
-# %% ../nbs/06_synthetic.ipynb #1efc514b
+# %% ../nbs/06_synthetic.ipynb #b46074ff
+def _build_views(fig) -> tuple:
+    "The figure's axes: two views, one above the other, and the bars."
+    grid = fig.add_gridspec(2, 2, width_ratios=(2.1, 1), left=.02, right=.99, bottom=.15, top=.93,
+                            hspace=.3, wspace=.13)
+    top, bars = fig.add_subplot(grid[0, 0]), fig.add_subplot(grid[:, 1])
+    low = fig.add_subplot(grid[1, 0], sharex=top)
+    for ax, on in ((top, "plain: fitted to original"), (low, "mixup: fitted to mixed (thin)")):
+        ax.set_title(f"{on} data", fontsize=8, loc="left", pad=3)
+        ax.tick_params(labelsize=7, left=False, labelleft=False)
+    top.tick_params(bottom=False, labelbottom=False)
+    low.set_xlabel(r"on the diagonal, $\sum_i x_i/\sqrt{d}$, after the attack", fontsize=8)
+    return (top, low), bars
+
+
 class Stage:
-    "The explorer's figure, built once; `png(scene)` moves its parts and renders"
+    "The explorer's figure: what stands still is drawn once, `png(scene)` draws the rest"
     def __init__(self):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        self.fig = Figure(figsize=(7.2, 3.), dpi=100)
-        FigureCanvasAgg(self.fig)
-        grid = self.fig.add_gridspec(2, 2, width_ratios=(2.1, 1), left=.02, right=.99, bottom=.15,
-                                     top=.93, hspace=.3, wspace=.13)
-        top, self.bars = self.fig.add_subplot(grid[0, 0]), self.fig.add_subplot(grid[:, 1])
-        low = self.fig.add_subplot(grid[1, 0], sharex=top)
-        self.views = top, low
-        top.set_title("plain: trained on the original data", fontsize=8, loc="left", pad=3)
-        low.set_title("mixup: trained on the mixed data (thin)", fontsize=8, loc="left", pad=3)
-        low.set_xlabel(r"on the diagonal, $\sum_i x_i/\sqrt{d}$, after the attack", fontsize=8)
-        for ax in self.views:
-            ax.set_yticks([])
-            ax.tick_params(labelsize=7, labelbottom=ax is low)
+        fig = Figure(figsize=(7.2, 3.), dpi=100)
+        self.canvas = FigureCanvasAgg(fig)
+        self.views, self.bars = _build_views(fig)
         self.parts, self.cuts = _build_curves(self.views)
         self.rects, self.texts = _build_bars(self.bars)
+        self.moving = [*sum(map(list, self.parts), []), *self.cuts, *sum(map(list, self.rects), []),
+                       *sum(self.texts, []), self.views[1].xaxis, self.bars.yaxis]
+        for part in self.moving:
+            part.set_animated(True)
+        self.canvas.draw()
+        self.still = self.canvas.copy_from_bbox(fig.bbox)
 
-    def png(self,
-        s: Scene,  # from `scene`
-        level: int = 1,  # of compression, 1 (fast) to 9 (small)
-    ) -> bytes:
-        "One frame"
-        _move_curves(self, s)
-        _move_bars(self, s)
-        out = io.BytesIO()
-        self.fig.savefig(out, format="png", pil_kwargs=dict(compress_level=level))
-        return out.getvalue()
+# %% ../nbs/06_synthetic.ipynb #312cb8c7
+def _png(
+    self: Stage,
+    s: Scene,  # from `scene`
+    level: int = 1,  # of compression, 1 (fast) to 9 (small)
+) -> bytes:
+    "One frame"
+    from PIL import Image
+    _move_curves(self, s)
+    _move_bars(self, s)
+    self.canvas.restore_region(self.still)
+    for part in self.moving:
+        part.draw(self.canvas.get_renderer())
+    out = io.BytesIO()
+    frame = Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+    frame.save(out, "PNG", compress_level=level)
+    return out.getvalue()
 
-# %% ../nbs/06_synthetic.ipynb #dfec4eeb
+
+Stage.png = _png
+
+# %% ../nbs/06_synthetic.ipynb #b4fc2c97
 def _sliders(p: GaussianPair, eps: float, lam: float) -> dict:
     "The explorer's controls, by name."
     import ipywidgets as wid
-    look = dict(style=dict(description_width="70px"), layout=wid.Layout(width="300px"))
+    look = dict(style=dict(description_width="80px"), layout=wid.Layout(width="300px"))
 
     def slide(name, value, low, high, step):
         return wid.FloatSlider(value, min=low, max=high, step=step, description=name, **look)
@@ -613,12 +634,12 @@ def _sliders(p: GaussianPair, eps: float, lam: float) -> dict:
     made["prior"], made["eps"] = slide("prior", p.prior, 0, 1, .01), slide("eps", eps, 0, 2, .05)
     made["d"] = wid.IntSlider(value=p.d, min=1, max=50, description="d", **look)
     made["mixing"] = wid.ToggleButtons(options=["pairs", "k-way"], description="mix",
-                                       style=dict(description_width="70px", button_width="90px"))
+                                       style=dict(description_width="80px", button_width="90px"))
     made["lam"] = slide("lambda", lam, 0, 1, .01)
     made["k"] = wid.IntSlider(value=2, min=1, max=10, description="k", disabled=True, **look)
     return made
 
-# %% ../nbs/06_synthetic.ipynb #26fc6023
+# %% ../nbs/06_synthetic.ipynb #1a3f57fe
 def explore(
     p: GaussianPair = BASE,  # where the sliders start, plain numbers
     eps: float = .6,  # radius
