@@ -9,7 +9,6 @@ __all__ = ['BASE', 'FITS', 'SCENARIOS', 'fit_logistic', 'trained_risk', 'mixed_p
 
 # %% ../nbs/06_synthetic.ipynb #1305d414
 import io
-import json
 import os
 import platform
 import subprocess
