@@ -107,3 +107,12 @@ def test_records_are_readable_and_say_where_they_come_from(path):
 def test_readme_tells_the_errata_of_the_chapter():
     table = lambda name: next(source(c) for c in cells(ROOT / "nbs" / name, "markdown") if source(c).startswith("| where | printed"))
     assert table("index.ipynb") == table("04_remarks.ipynb")
+
+
+def test_every_numbered_equation_of_the_paper_has_its_place():
+    tags = set()
+    for path in NOTEBOOKS[1:6]:  # the theory chapters
+        for cell in cells(path, "markdown"):
+            for tag in re.findall(r"\\tag\{([^}]*)\}", source(cell)): tags |= {t.strip() for t in tag.split(",")}
+    missing = [n for n in range(1, 39) if str(n) not in tags]
+    assert not missing and "Def. 1" in tags, missing
