@@ -497,7 +497,7 @@ def check_run(model, data, cfg, out, resuming):
         started = dict(schema=SCHEMA, kind="fit", cfg=asdict(cfg), finished=False)
         write_aside(Path(out) / "record.json", json.dumps(started))
 
-# %% ../nbs/11_train.ipynb #7ae66288
+# %% ../nbs/11_train.ipynb #7cb9dc18
 def fit(
     model: nn.Module,  # logits for x in [0, 1]; trained in place
     data: Data,  # its train part is learnt, its val part watched, its test part not touched
@@ -516,6 +516,8 @@ def fit(
     train = data.train.to(device)
     val = spread_subset(data.val.to(device), min(500, 50 * data.val.n_cls))
     model = model.to(device, memory_format=torch.channels_last)
+    origin = dict(data=data.describe(), provenance=provenance(device), device=device)
+    digest = data.digest()
     state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device))
     if resume_from:
         restore(state, resume_from)
@@ -526,9 +528,9 @@ def fit(
         for _ in named_bar(range(state.epoch, cfg.epochs), progress, "epoch"):
             one_epoch(state, train, val, cfg, table, watched)
             if out:
-                save_state(out, state, cfg, data.digest())
+                save_state(out, state, cfg, digest)
             if out:
-                save_record(out, state, data, cfg, device)
+                save_record(out, state, cfg, origin)
             if on_epoch:
                 on_epoch(state.curves[-1])
     except KeyboardInterrupt:
@@ -537,7 +539,7 @@ def fit(
             f"stopped in epoch {state.epoch + 1} of {cfg.epochs}; last checkpoint: {kept}"
         ) from None
     model.eval()
-    return Fit(model, record_of(state, data, cfg, device), state.curves)
+    return Fit(model, record_of(state, cfg, origin), state.curves)
 
 # %% ../nbs/11_train.ipynb #de2241fb
 def one_epoch(state, train, val, cfg, table, watched):
@@ -559,16 +561,14 @@ def one_epoch(state, train, val, cfg, table, watched):
         row.update(watch(state.model, val, cfg))
     state.curves.append(row)
 
-# %% ../nbs/11_train.ipynb #bbc81097
-def record_of(state, data, cfg, device):
+# %% ../nbs/11_train.ipynb #db059728
+def record_of(state, cfg, origin):
     "What is known of a run, as plain data."
     return dict(
         schema=SCHEMA,
         kind="fit",
         cfg=asdict(cfg),
-        data=data.describe(),
-        provenance=provenance(device),
-        device=device,
+        **origin,
         epochs_done=state.epoch,
         finished=state.epoch == cfg.epochs,
         seconds=round(state.seconds, 2),
@@ -577,11 +577,9 @@ def record_of(state, data, cfg, device):
     )
 
 
-def save_record(out, state, data, cfg, device):
+def save_record(out, state, cfg, origin):
     "record.json and curves.csv beside the checkpoint."
-    write_aside(
-        Path(out) / "record.json", json.dumps(record_of(state, data, cfg, device), indent=1)
-    )
+    write_aside(Path(out) / "record.json", json.dumps(record_of(state, cfg, origin), indent=1))
     rows, text = state.curves, io.StringIO()
     table = csv.DictWriter(
         text, ("epoch", "loss", "lr", "clean", "fgsm", "pgd-5"), lineterminator="\n"
