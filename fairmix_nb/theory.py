@@ -14,6 +14,7 @@ from .gaussian import _broadcast
 from .gaussian import _check
 from .gaussian import _check_g_eps
 from .gaussian import _reals
+from .gaussian import _two_prod
 from .gaussian import _two_sum
 from .gaussian import class_risk
 
@@ -22,10 +23,12 @@ def log_odds(
     p: GaussianPair,  # the two classes
 ) -> np.ndarray:  # a number, or an array of the fields' common shape; -inf, +inf at prior 0, 1
     r"$L = \log\frac{\alpha\,\sigma_-}{(1-\alpha)\,\sigma_+}$, the paper's $K/d$ - eq. (28)"
-    pos = np.asarray(p.prior * p.sigma_neg)
-    neg = np.asarray((1 - p.prior) * p.sigma_pos)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        near = np.log1p((pos - neg) / neg)
+    s_m, k = np.frexp(p.sigma_neg)  # scaled by a power of two, so that no product overflows
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        s_p = np.ldexp(p.sigma_pos, -k)
+        rest, err = _two_sum(1., -np.asarray(p.prior))
+        (pos, e_pos), (neg, e_neg) = _two_prod(p.prior, s_m), _two_prod(rest, s_p)
+        near = np.log1p(((pos - neg) + (e_pos - e_neg - err * s_p)) / neg)
         odds = np.log(p.prior / np.subtract(1, p.prior))
         far = odds + np.log(np.divide(p.sigma_neg, p.sigma_pos))
     return np.where(2 * np.abs(pos - neg) < neg, near, far)[()]
