@@ -146,7 +146,8 @@ def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
     out = tmp_path / "run"
     code = "import sys; from fairmix_nb.compare import main; sys.exit(main())"
     argv = ["compare", "--methods", "at", "--seeds", "0", "--epochs", "500", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell ignores SIGINT; a terminal does not
+    process = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.time() + 60
     while not (out / "at-0" / "last.pt").exists() and time.time() < deadline: time.sleep(0.1)
     process.send_signal(signal.SIGINT)
