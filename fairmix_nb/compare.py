@@ -519,7 +519,7 @@ def parse_eps(
 
 # %% ../nbs/13_compare.ipynb #c4834908
 EXAMPLE = """examples:
-  fairmix                                   six methods on scikit-learn's digits, about a minute
+  fairmix                                   six methods on scikit-learn's digits, two minutes
   fairmix compare --data ~/photos --eps 4/255 --epochs 20 --seeds 0 1 2 --out runs/photos
   fairmix compare --data cifar10 --methods at attack_mix --subset 1000 --device cpu --epochs 3
   fairmix show runs/photos                  print and draw a finished comparison from its record

@@ -158,3 +158,18 @@ def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
     last = error.strip().splitlines()[-1]
     assert f"{out / 'at-0'}/last.pt (epoch " in last and "--resume" in last
     torch.load(out / "at-0" / "last.pt", weights_only=True)
+
+
+def test_notes_name_leaking_and_overfitting():
+    from fairmix_nb.compare import Comparison
+    from fairmix_nb.risk import pack_flags
+    record = json.loads((Path(__file__).parent.parent / "nbs" / "results" / "digits.json").read_text())
+    sound = " ".join(Comparison(record).notes())
+    assert "carries the label" not in sound and "overfitted" not in sound
+    for run in record["runs"]:
+        if run["method"] == "at":
+            n = sum(run["attacks"]["fgsm"]["n"])
+            run["attacks"]["fgsm"]["flags"] = pack_flags(np.zeros(n, bool))
+            run["attacks"]["pgd-20"]["flags"] = pack_flags(np.ones(n, bool))
+    found = " ".join(Comparison(record).notes())
+    assert found.count("at: clean") == 2 and "carries the label" in found and "overfitted to one step" in found
