@@ -295,6 +295,36 @@ def _look_back(s, rho, window):
     s.now = torch.where(s.halved, s.top, s.now)
     s.rises, s.top_then = torch.zeros_like(s.rises), s.top
 
+# %% ../nbs/07_attacks.ipynb #3d3f5e63
+def _climb(model, s, loss, steps, norm, rho, box):
+    "One ascent from `s.z`: where each sample ended, its largest loss, and whether it was broken"
+    direction, project, _ = NORMS[norm]
+    n, marks, zero = len(s.x), _checkpoints(steps), torch.zeros_like(s.x.flatten(1)[:, 0])
+    end, top, broken = s.z.clone(), zero + math.inf, zero > 0
+    s = _Rows(**vars(s), id=torch.arange(n, device=s.x.device), z_old=s.z, best=s.z, g=s.z,
+              best_g=s.z, now=top, top=-top, top_then=-top, rises=zero, halved=broken,
+              eta=2 * s.eps)
+    def inside(z): return _clip(s.x + project(z - s.x, s.eps), box)
+    for k in range(steps + 1):
+        s.old = s.now
+        s.now, s.g, wrong = _look(model, s, loss, k < steps)
+        if wrong.any():
+            end[s.id[wrong]], broken[s.id[wrong]] = s.z[wrong], True
+            s = s.keep(~wrong)
+            if not len(s.id): return end, top, broken
+        up = s.now > s.top
+        s.top = torch.where(up, s.now, s.top)
+        s.best = torch.where(_rows(up, s.x), s.z, s.best)
+        s.best_g = torch.where(_rows(up, s.x), s.g, s.best_g)
+        if k == steps: break
+        if k - 1 in marks: _look_back(s, rho, marks[k - 1])
+        s.rises = s.rises + (s.now > s.old)
+        z = inside(s.z + s.eta * direction(s.g))
+        if k: z = inside(s.z + .75 * (z - s.z) + .25 * (s.z - s.z_old))
+        s.z_old, s.z = s.z, z
+    end[s.id], top[s.id] = s.best, s.top
+    return end, top, broken
+
 # %% ../nbs/07_attacks.ipynb #741ffbfa
 def _check_apgd(x, y, norm, steps, restarts, targets, rho, loss, generator):
     _check_run(x, norm, 'best', steps, None, restarts, True, generator)
