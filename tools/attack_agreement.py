@@ -82,8 +82,8 @@ def attacked(net, x, y, eps: float, wrong: dict):
     yield "apgd-t", lambda: ours.apgd(net, x, y, eps, targets=CONFIG["targets"], generator=gen(0))
     yield "pyautoattack apgd-t", lambda: theirs(net, x, y, eps, ["apgd-t"])
     left = ~(wrong["pyautoattack apgd-ce"] | wrong["pyautoattack apgd-t"])
-    rest = theirs(net, x[left], y[left], eps, ["fab-t", "square"])
-    yield "pyautoattack fab-t, square", lambda: x.masked_scatter(left.view(-1, 1, 1, 1), rest)
+    yield "pyautoattack fab-t, square", lambda: x.masked_scatter(
+        left.view(-1, 1, 1, 1), theirs(net, x[left], y[left], eps, ["fab-t", "square"]))
 
 
 def packed(flags: torch.Tensor) -> str:
