@@ -405,7 +405,7 @@ def provenance(
     gpu = torch.cuda.get_device_name() if str(device).startswith("cuda") else None
     return dict(
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         torchvision=torchvision.__version__,
         numpy=np.__version__,
         fairmix_nb=fairmix_nb.__version__,
@@ -594,6 +594,12 @@ def save_state(folder, state, fixed):
 
 # %% ../nbs/11_train.ipynb #116776b0
 CHECKPOINT = 2  # schema of last.pt
+ALL = ("last.pt", "new.pt", "previous.pt")  # new.pt is complete, and about to become last.pt
+
+
+def checkpoints(out, names=("last.pt", "previous.pt")):
+    "Those that are there, the newest first."
+    return [p for p in (Path(out) / name for name in names) if p.exists()]
 
 
 class Damaged(ValueError):
@@ -622,9 +628,9 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(folder):
-    "The newest good checkpoint of `folder`; a warning says so when it is not the last."
-    paths, problems = [Path(folder) / name for name in ("last.pt", "previous.pt")], []
-    if not any(p.exists() for p in paths):
+    "The newest good checkpoint of `folder`; a warning says so when it is not last.pt."
+    paths, problems = [Path(folder) / name for name in ALL], []
+    if not checkpoints(folder, ALL):
         raise FileNotFoundError(f"no checkpoint (last.pt) in {folder}")
     for path in paths:
         try:
@@ -661,11 +667,6 @@ def differences(then, now):
     return ", ".join(f"{k} ({then.get(k)} then, {now[k]} now)" for k in changed)
 
 # %% ../nbs/11_train.ipynb #1c0fe582
-def checkpoints(out):
-    "The checkpoints in a folder, the newest first."
-    return [p for p in (Path(out) / n for n in ("last.pt", "previous.pt")) if p.exists()]
-
-
 def lock_folder(out):
     "The folder, open and locked for this process; the lock goes with the process, however it ends."
     if not fcntl:
@@ -837,11 +838,10 @@ class Keeper:
 
     def __init__(self, out, cfg, data, device, how):
         self.out, self.cfg, self.saved = out and Path(out), cfg, 0
-        origin, settings = provenance(device), json.loads(json.dumps(asdict(cfg)))
+        origin = provenance(device)
         self.versions = {k: origin[k] for k in ("torch", "fairmix_nb", "cpu", "gpu", "threads")}
-        self.fixed = dict(
-            schema=CHECKPOINT, cfg=settings, data=data.digest(), how=how, versions=self.versions
-        )
+        fixed = dict(cfg=asdict(cfg), data=data.digest(), how=how, versions=self.versions)
+        self.fixed = dict(json.loads(json.dumps(fixed)), schema=CHECKPOINT)
         self.origin = dict(data=data.describe(), provenance=origin, device=device, how=how)
 
     def record(self, state):
