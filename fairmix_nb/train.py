@@ -259,7 +259,8 @@ def mix_step(
     if cfg.partner == "batch":
         partners = same_class_partners(y, n_cls, cfg.k, generator)
         return mix(x, [x[j] for j in partners], weights), y
-    j, one_hot = any_partner(n, generator), F.one_hot(y, n_cls).to(x.dtype)
+    j = any_partner(n, generator)
+    one_hot = (y[:, None] == torch.arange(n_cls, device=y.device)).to(x.dtype)
     return mix(x, [x[j]], weights), mix(one_hot, [one_hot[j]], weights)
 
 # %% ../nbs/11_train.ipynb #1fb87362

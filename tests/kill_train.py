@@ -88,7 +88,7 @@ def aim_at(place, saves):
     T.save_state, T.write_aside, os.replace = counted, half, renamed
 
 
-def child(folder, data, phase, aim=None, saves=1):
+def child(cfg, folder, data, phase, aim=None, saves=1):
     "Train, or go on, in a process of its own; its id."
     pid = os.fork()
     if pid: return pid
@@ -97,8 +97,8 @@ def child(folder, data, phase, aim=None, saves=1):
         warnings.simplefilter("ignore")
         watched_by(phase)
         if aim is not None: aim_at(aim, saves)
-        if T.checkpoints(folder, T.ALL): T.resume(folder, network(), data, CFG, device="cpu", progress=False)
-        else: T.fit(network(), data, CFG, device="cpu", out=folder, progress=False)
+        if T.checkpoints(folder, T.ALL): T.resume(folder, network(), data, cfg, device="cpu", progress=False)
+        else: T.fit(network(), data, cfg, device="cpu", out=folder, progress=False)
         code, phase[0] = 0, 5
     finally:
         os._exit(code)
@@ -121,19 +121,19 @@ def state_of(folder):
     return dict(files=files, epoch=epoch, taken=taken)
 
 
-def kill_and_resume(kills, base, seed=0):
+def kill_and_resume(cfg, kills, base, seed=0):
     "Rows of the log, and per finished run whether its bits equal those of the run left alone."
     rng, data, phase = random.Random(seed), small_data(), mmap.mmap(-1, 1)
     torch.set_num_threads(1)
     whole = Path(base) / "whole"
     start = time.perf_counter()
-    assert os.waitpid(child(whole, data, phase), 0)[1] == 0
-    each, want = (time.perf_counter() - start) / CFG.epochs, result(whole)
+    assert os.waitpid(child(cfg, whole, data, phase), 0)[1] == 0
+    each, want = (time.perf_counter() - start) / cfg.epochs, result(whole)
     rows, equal, folder = [], [], Path(base) / "run-0"
     while len(rows) < kills or len(equal) <= len({r["run"] for r in rows}) - 1:
         aim = (len(rows) // 2) % len(AIMS) if len(rows) % 2 and len(rows) < kills else None
         phase[0] = 0
-        pid = child(folder, data, phase, aim, rng.randint(1, 2))
+        pid = child(cfg, folder, data, phase, aim, rng.randint(1, 2))
         if aim is None and len(rows) < kills:
             time.sleep(rng.uniform(0, 6 * each))
             seen = PHASES[phase[0]]
@@ -150,11 +150,11 @@ def kill_and_resume(kills, base, seed=0):
 
 
 def main(kills, path=None):
-    start = time.perf_counter()
+    start, cfg = time.perf_counter(), replace(CFG, epochs=24 if kills > 5 else 8)
     with tempfile.TemporaryDirectory() as base:
-        rows, equal, (digest, epochs) = kill_and_resume(kills, base)
+        rows, equal, (digest, epochs) = kill_and_resume(cfg, kills, base)
     record = dict(
-        schema=1, kind="kill_resume", provenance=T.provenance("cpu"), cfg=asdict(CFG), epochs=epochs,
+        schema=1, kind="kill_resume", provenance=T.provenance("cpu"), cfg=asdict(cfg), epochs=epochs,
         seconds=round(time.perf_counter() - start, 1), digest=digest, kills=rows, equal=equal,
     )
     if path: D.write_aside(path, json.dumps(record, indent=1) + "\n")
