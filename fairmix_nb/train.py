@@ -885,7 +885,8 @@ class Keeper:
         paths = checkpoints(self.out) if self.out and self.saved else []
         kept = f"{paths[0]} (epoch {self.saved})" if paths else "none"
         why = getattr(error, "strerror", None) or str(error)
-        where = f"stopped in epoch {state.epoch + 1} of {self.cfg.epochs}; last checkpoint: {kept}"
+        epoch = 1 + (self.saved if self.out else state.epoch)
+        where = f"stopped in epoch {epoch} of {self.cfg.epochs}; last checkpoint: {kept}"
         number = [error.errno] if getattr(error, "errno", None) else []
         return type(error)(*number, "; ".join([why] * bool(why) + [where]))
 

@@ -74,7 +74,7 @@ def stopped(digits, tmp_path):
     dict(optimizer="sgd", schedule=("cyclic", 0.4), smoothing=0.1, logit_adjust=1.0), dict(lam_per="batch", pipeline=("mix",)),
     dict(class_weights=(1.0,) * 10, augment="crop_flip", weight_decay=1e-3), dict(law=("beta", 2, 2), pipeline=("mix",))])
 def test_every_choice_trains_and_repeats(digits, kw):
-    cfg = T.TrainCfg(**{**dict(eps=0.1, epochs=1, batch=50, lr=3e-3), **kw})
+    cfg = T.TrainCfg(**{**dict(eps=0.1, epochs=1, batch=80, lr=3e-3), **kw})
     a, b = fit(digits, cfg), fit(digits, cfg)
     assert same_bits(a, b) and a.curves[0]["loss"] > 0
     assert not same_bits(a, fit(digits, replace(cfg, seed=1))), "the seed must matter"
@@ -430,7 +430,7 @@ def test_divergence_stops_with_step_and_checkpoint(digits, tmp_path, monkeypatch
     with pytest.raises(FloatingPointError, match=r"loss became .* at step \d+ of epoch 1: lower lr .*last checkpoint: none"):
         fit(digits, replace(CFG, optimizer="sgd", lr=1e4))
     with pytest.raises(FloatingPointError, match="a weight is not finite after epoch 1"):
-        fit(digits, replace(CFG, optimizer="sgd", lr=1e38, batch=len(digits.train)))
+        fit(digits, replace(CFG, optimizer="sgd", lr=1e38, weight_decay=1e3, batch=len(digits.train)))
     rate = T.learning_rate
     monkeypatch.setattr(T, "learning_rate", lambda cfg, epoch, *a: 1e6 if epoch == 2 else rate(cfg, epoch, *a))
     with pytest.raises(FloatingPointError, match=r"at step 2 of epoch 3.*last checkpoint: .*last.pt \(epoch 2\)"):
