@@ -679,7 +679,7 @@ def worker(text, device):
     return json.dumps(fit_epochs(random_data(task["n"]), task["epochs"], device, **task["options"]))
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(BLOCKS), default=list(BLOCKS))
     parser.add_argument("--peers", action="store_true", help="other packages' evaluation attacks")
@@ -690,7 +690,7 @@ def main():
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, two rounds")
     parser.add_argument("--epoch", action="store_true", help="the epoch block, on the CPU too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.worker:
