@@ -110,8 +110,8 @@ def test_running_statistics_move_once_a_forward_pass_of_each_step(batch):
     for mode in ("train", "train_frozen", "eval"):
         cfg = TrainCfg(batch=10, eps=EPS, bn_attack=mode)
         model = net(0, "resnet20")
-        state = bench.State(model, bench.make_optimizer(model, cfg), make_streams(0))
-        bench.run_epoch(state, images, cfg, None)
+        state = bench.State(model, bench.make_optimizer(model, cfg), make_streams(0), net=model)
+        bench.run_epoch(state, bench.make_job(images, cfg))
         moved[mode] = {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     assert moved == dict(train={4}, train_frozen={2}, eval={2})  # two steps
 
@@ -141,7 +141,7 @@ def test_dropping_what_is_broken_changes_the_cost_only(batch):
 def test_the_slow_partners_are_partners_too():
     y = torch.arange(60) % 3
     table, g = ClassTable(y, 3), torch.Generator().manual_seed(0)
-    for draw in (lambda: bench.per_class_partner(y, 3), lambda: bench.per_sample_partner(y),
+    for draw in (lambda: bench.per_class_partner(y, bench.members(y, 3)), lambda: bench.per_sample_partner(y),
                  lambda: table.partner(torch.arange(60), g)):
         j = draw()
         assert (y[j] == y).all()

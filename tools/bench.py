@@ -13,6 +13,7 @@ in each round; its median, smallest and largest value are the result, every raw 
 Give the machine to it alone: 'step' takes about two minutes, all blocks together about ten.
 """
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -54,13 +55,16 @@ from fairmix_nb.models import fold_batchnorm
 from fairmix_nb.train import State
 from fairmix_nb.train import TrainCfg
 from fairmix_nb.train import fit
+from fairmix_nb.train import make_job
 from fairmix_nb.train import make_optimizer
 from fairmix_nb.train import make_streams
 from fairmix_nb.train import mix_step
+from fairmix_nb.train import numerics
 from fairmix_nb.train import provenance
 from fairmix_nb.train import run_epoch
 
 EPS = 8 / 255
+STAYS = contextlib.ExitStack()  # what `fit` sets for a run holds here until the process ends
 MARKS = dict(  # ratio -> (slower, faster, the least that is accepted)
     step=dict(
         S1=("naive", "eager", 1.15), S2=("naive", "compiled", 1.45),
@@ -198,12 +202,13 @@ def images_of(n, size=32, n_cls=10, seed=0):
     return ImageSet(x, torch.arange(n) % n_cls, tuple(map(str, range(n_cls))))
 
 
-def trainer(images, cfg, device="cpu", name="resnet20"):
+def trainer(images, cfg, device="cpu", name="resnet20", compile=False):
     "An epoch of the package's own loop over `images`, as a call without arguments."
     model = build(name, images.n_cls).to(device, memory_format=torch.channels_last)
-    state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device))
-    table = ClassTable(images.y, images.n_cls) if cfg.partner == "set" else None
-    return lambda: run_epoch(state, images, cfg, table)
+    STAYS.enter_context(numerics(model, device, compile, "fp32", False))
+    state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device), net=model)
+    job = make_job(images, cfg)
+    return lambda: run_epoch(state, job)
 
 
 def naive(x, y, device="cpu", step=naive_step, layout=torch.contiguous_format):
@@ -242,7 +247,7 @@ def block_step(rounds, tiny):
         x, y, step=image_gradient_step, layout=torch.channels_last)
     first = {}
     if not tiny:
-        jobs["compiled"] = compiled_trainer(images, cfg)
+        jobs["compiled"] = trainer(images, cfg, compile=True)
         start = time.perf_counter()
         jobs["compiled"]()
         first["compiled"] = time.perf_counter() - start
@@ -252,30 +257,6 @@ def block_step(rounds, tiny):
                 ratios=ratios("step", seconds), first_call=first, flops_per_s=peak,
                 bytes_per_s=copy, floors=floors(eager, peak, copy),
                 peak_bytes={name: peak_bytes(job) for name, job in jobs.items()})
-
-
-def compiled_trainer(images, cfg):
-    "The same epoch through torch.compile."
-    from torch.func import functional_call
-    model = build("resnet20", images.n_cls).to(memory_format=torch.channels_last).train()
-    state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed))
-
-    @torch.compile
-    def losses(params, x, y):
-        return F.cross_entropy(functional_call(model, params, (x,)), y, reduction="none")
-
-    def step():
-        for idx in batches(len(images), cfg.batch, state.streams["order"]):
-            x = images.floats(idx).contiguous(memory_format=torch.channels_last).requires_grad_()
-            y, params = images.y[idx], dict(model.named_parameters())
-            fixed = {name: p.detach() for name, p in params.items()}
-            g, = torch.autograd.grad(losses(fixed, x, y).sum(), x)
-            adv = (x + cfg.eps * g.sign()).clamp(0, 1).detach()
-            loss = losses(params, adv, y).mean()
-            state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            state.optimizer.step()
-    return step
 
 
 # ---- the candidates: data and partners
@@ -313,13 +294,18 @@ def resident(images, generator, batch=256):
         yield augment(images.floats(idx), "crop_flip", generator), images.y[idx]
 
 
-def per_class_partner(y, n_cls):
-    "A random member of the same class for every sample: a shuffle a class."
+def per_class_partner(y, pools):
+    "For every sample a random member of its class's pool: a shuffle a class."
     partner = torch.empty_like(y)
-    for c in range(n_cls):
+    for c, pool in enumerate(pools):
         where = (y == c).nonzero()[:, 0]
-        partner[where] = where[torch.randperm(len(where))]
+        partner[where] = pool[torch.randperm(len(pool))[:len(where)]]
     return partner
+
+
+def members(y, n_cls):
+    "Where the members of each class are."
+    return [(y == c).nonzero()[:, 0] for c in range(n_cls)]
 
 
 def per_sample_partner(y):
@@ -341,28 +327,34 @@ def repeat(job, times):
 
 def block_data(rounds, tiny):
     "D1 and D2: images a second; P1: seconds a draw of partners."
-    n, sizes, times = (512, (64,), 2) if tiny else (12_800, (256, 4096), 20)
+    n, sizes, times = (512, (64,), 2) if tiny else (12_800, (256, 4096), 50)
     images, g = images_of(n), torch.Generator().manual_seed(0)
     loaders = {w: loader(images, w) for w in (0, 2)}
     jobs = {"resident": lambda: consume(resident(images, g))}
     jobs |= {f"loader, {w} workers": lambda w=w: consume(loaders[w]) for w in loaders}
     table = ClassTable(torch.arange(50_000) % 10, 10)
+    whole, draws = members(table.y, 10), {}
     for b in sizes:
         idx = torch.randint(50_000, (b,), generator=g)
         y = table.y[idx]
-        jobs[f"table, {b}"] = repeat(lambda idx=idx: table.partner(idx, g), times)
-        jobs[f"in batch, {b}"] = repeat(lambda y=y: same_class_partner(y, 10, g), times)
-        jobs[f"per class, {b}"] = repeat(lambda y=y: per_class_partner(y, 10), times)
-        if b < 1000:
-            jobs[f"per sample, {b}"] = lambda y=y: per_sample_partner(y)
+        draws |= {
+            f"table, {b}": lambda idx=idx: table.partner(idx, g),
+            f"per class, {b}": lambda y=y: per_class_partner(y, whole),
+            f"in batch, {b}": lambda y=y: same_class_partner(y, 10, g),
+            f"per class in batch, {b}": lambda y=y: per_class_partner(y, members(y, 10))}
+    jobs |= {name: repeat(draw, times) for name, draw in draws.items()}
+    few = table.y[:sizes[0]]
+    jobs[f"per sample, {sizes[0]}"] = lambda: per_sample_partner(few)
     seconds = interleave(jobs, rounds)
-    for name in seconds:  # one draw each
-        if name.startswith(("table", "in batch", "per class")):
-            seconds[name] = [s / times for s in seconds[name]]
+    for name in draws:
+        seconds[name] = [s / times for s in seconds[name]]
     found = ratios("data", seconds)
+    small = sizes[0]
+    found |= dict(
+        P1_in_batch=ratio(seconds, f"per class in batch, {small}", f"in batch, {small}"),
+        P1_per_sample=ratio(seconds, f"per sample, {small}", f"table, {small}"))
     return dict(config=dict(images=n, batch=256, partners=sizes, set=50_000), seconds=seconds,
-                ratios=found, images_per_s={k: n / statistics.median(seconds[k]) for k in jobs
-                                            if "," not in k or k.startswith("loader")})
+                ratios=found)
 
 
 # ---- scaling: time and memory against what a user turns
