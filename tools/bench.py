@@ -13,6 +13,7 @@ in each round; its median, smallest and largest value are the result, every raw 
 Give the machine to it alone: 'step' takes about two minutes, all blocks together about ten.
 """
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -65,6 +66,7 @@ from fairmix_nb.train import run_epoch
 
 EPS = 8 / 255
 STAYS = contextlib.ExitStack()  # what `fit` sets for a run holds here until the process ends
+atexit.register(STAYS.close)
 MARKS = dict(  # ratio -> (slower, faster, the least that is accepted)
     step=dict(
         S1=("naive", "eager", 1.15), S2=("naive", "compiled", 1.45),
