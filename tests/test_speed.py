@@ -224,18 +224,20 @@ def test_cost_is_linear_in_the_record():
             assert off < (0.15 if what == "seconds" else 0.05), (axis, what, off)
 
 
+def definitions(text):
+    return {f.name: ast.dump(f) for f in ast.parse(text).body if isinstance(f, (ast.FunctionDef, ast.ClassDef))}
+
+
 def test_the_chapter_shows_the_code_that_was_timed():
     path = ROOT / "nbs" / "15_speed.ipynb"
     if not path.exists(): pytest.skip("no chapter")
     shown = {}
     for cell in json.loads(path.read_text())["cells"]:
         text = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "def " in text:
-            shown |= {f.name: ast.dump(f) for f in ast.parse(text).body if isinstance(f, ast.FunctionDef)}
-    timed = {f.name: ast.dump(f) for f in ast.parse(Path(bench.__file__).read_text()).body
-             if isinstance(f, ast.FunctionDef)}
+        if cell["cell_type"] == "code" and "def " in text: shown |= definitions(text)
+    timed = definitions(Path(bench.__file__).read_text())
     both = set(shown) & set(timed)
-    assert {"naive_step", "image_gradient_step", "per_class_partner"} <= both
+    assert {"naive_step", "image_gradient_step", "wong_step", "per_class_partner", "Counter"} <= both
     assert all(shown[name] == timed[name] for name in both)
 
 

@@ -462,7 +462,7 @@ def block_tried(rounds, tiny):
     eps, steps, restarts = 0.15, *((3, 2) if tiny else (50, 10))
     run = fit(build("small_cnn", 10, 1), digits, TrainCfg(
         eps=0.1, epochs=1 if tiny else 10, batch=64, lr=3e-3), device="cpu", progress=False)
-    test = digits.test.subset(slice(32)) if tiny else digits.test
+    test = digits.test.subset(slice(32 if tiny else 200))
     x, y, net = test.floats(), test.y, fold_batchnorm(run.model)
     broken = {}
     for name, drop in [("PGD, all again", False), ("PGD, broken dropped", True)]:
@@ -560,8 +560,8 @@ def block_peers(rounds, tiny):
 # ---- a GPU
 
 def random_data(n):
-    "Random images as `load` would give them; a tenth of `n` to watch, a tenth to test."
-    return make_data(images_of(n + n // 5), "random", 0)
+    "Random images as `load` would give them: about `n` to learn, some to watch and to test."
+    return make_data(images_of(n + n // 10), "random", 0, test=images_of(200))
 
 
 def fit_epochs(data, epochs, device, **options):
@@ -604,9 +604,13 @@ def shared(runs, epochs, n, device, options):
 
 def block_epoch(rounds, tiny, device):
     "Seconds an epoch: `fit` against the DataLoader loop; floors; several runs on one device."
-    n, epochs, steps = (640, 4, 2) if tiny else (50_000, 6, 40)
-    data, batch = random_data(n), min(256, n // 2)
+    size, epochs, steps = (100, 4, 2) if tiny else (50_000, 6, 40)
+    data = random_data(size)
+    n = len(data.train)
+    batch = min(256, n // 2)
     ways = {"fit, eager": {}, "fit, compiled": dict(compile=True)}
+    if device == "cuda":
+        ways |= {f"fit, compiled, {p}": dict(compile=True, precision=p) for p in ("tf32", "bf16")}
     if tiny:
         del ways["fit, compiled"]
     seconds = {name: [] for name in (*ways, "loader")}
@@ -622,11 +626,11 @@ def block_epoch(rounds, tiny, device):
     peak, copy = (work[k] / statistics.median(seen[k]) for k in ("gemm", "copy"))
     step = trainer(images, TrainCfg(batch=batch, eps=EPS), device)
     low = floors(step, peak, copy)
-    best = list(ways)[-1]
-    card = {k: shared(k, epochs if k > 1 else epochs + 2, n, device, ways[best])
+    mid = {name: statistics.median(s) for name, s in seconds.items()}
+    best = min(ways, key=mid.get)
+    card = {k: shared(k, epochs + 2, size, device, ways[best])
             for k in ((1, 2) if tiny else (1, 2, 4, 8))}
     found = {name: ratio(seconds, "loader", name) for name in ways}
-    mid = {name: statistics.median(s) for name, s in seconds.items()}
     return dict(
         config=dict(images=n, batch=batch, eps=EPS, model="resnet20", epochs=epochs, best=best),
         seconds=seconds, ratios=found, floors=low, flops_per_s=peak, bytes_per_s=copy,
