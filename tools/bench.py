@@ -459,7 +459,7 @@ def block_tried(rounds, tiny):
     x, y = images.floats()[:64], images.y[:64]
     jobs |= {f"4 models {name}": job for name, job in many_models(x, y).items()}
     digits = load("digits")
-    eps, steps, restarts = 0.15, *((3, 2) if tiny else (50, 10))
+    eps, steps, restarts = 0.2, *((3, 2) if tiny else (50, 10))
     run = fit(build("small_cnn", 10, 1), digits, TrainCfg(
         eps=0.1, epochs=1 if tiny else 10, batch=64, lr=3e-3), device="cpu", progress=False)
     test = digits.test.subset(slice(32 if tiny else 200))
