@@ -480,6 +480,16 @@ class Attack:
         "Attacked points, like `x`; `generator` draws the starts, for attacks that have them"
         return self.run(model, x, y, eps, generator, norm=norm, box=box, check=check)
 
+def _starts_in_turn(model, x, y, eps, steps, starts, **kw):
+    "PGD from one start after another, each only for the samples that still stand"
+    end, todo = x.detach().clone(), torch.arange(len(x), device=x.device)
+    each = isinstance(eps, torch.Tensor) and eps.ndim == x.ndim and len(eps) == len(x)
+    for _ in range(starts):
+        end[todo] = pgd(model, x[todo], y[todo], eps[todo] if each else eps, steps, **kw)
+        with torch.no_grad(): todo = todo[model(end[todo]).argmax(1) == y[todo]]
+        if not len(todo): break
+    return end
+
 def _drawn(run, **fixed):
     "An attack that takes the generator"
     return lambda model, x, y, eps, generator, **kw: run(model, x, y, eps, generator=generator,
@@ -507,5 +517,5 @@ def attack_by_name(
     if not found:
         _one_of('attack', name, (*ATTACKS, 'pgd-20', 'pgd-50x10'))
         if name in ATTACKS: return ATTACKS[name]
-    steps, restarts = (int(v or 1) for v in found.groups())
-    return Attack(name, (2, steps * restarts), _drawn(pgd, steps=steps, restarts=restarts))
+    steps, starts = (int(v or 1) for v in found.groups())
+    return Attack(name, (2, steps * starts), _drawn(_starts_in_turn, steps=steps, starts=starts))
