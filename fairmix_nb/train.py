@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIPELINES', 'CHOICES', 'STREAMS', 'SCHEMA', 'TrainCfg', 'bn_mode', 'as_eps', 'attack_step', 'mix_step',
            'training_batch', 'make_streams', 'parse_attack', 'attack_errors', 'provenance', 'pick_device', 'Fit', 'fit',
-           'resume']
+           'resume', 'Ranks', 'fit_ranks', 'launch', 'main']
 
 # %% ../nbs/11_train.ipynb #07eb43a9
 import contextlib
@@ -389,6 +389,8 @@ class State:
     gradients: int = 0
     seconds: float = 0.0
     curves: list = field(default_factory=list)
+    ranks: object = None  # the processes that share the run, see `Ranks`; None: one
+    shared: nn.Module | None = None  # `model`, averaging its gradients over them
 
 # %% ../nbs/11_train.ipynb #90ad4d12
 def save_state(folder, state, cfg, digest):
@@ -453,18 +455,24 @@ def run_epoch(state, images, cfg, table):
     for group in state.optimizer.param_groups:
         group["lr"] = cfg.lr * cfg.drop ** (state.epoch // cfg.drop_every)
     state.model.train()
-    losses = []
-    for idx in batches(len(images), cfg.batch, state.streams["order"]):
+    losses, steps, before = [], epoch_steps(state, images, cfg), state.gradients
+    for idx, factor in steps:
         x, y, spent = training_batch(state.model, images, idx, cfg, state.streams, table)
         loss = F.cross_entropy(
-            state.model(x.contiguous(memory_format=torch.channels_last)), y, weight=weights
+            state.shared(x.contiguous(memory_format=torch.channels_last)), y, weight=weights
         )
+        if state.ranks:
+            loss = loss * share_of(factor, y, weights, state.ranks.size)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
         state.gradients += spent
         losses.append(loss.detach())
-    return torch.stack(losses)
+    losses = torch.stack(losses)
+    if state.ranks:
+        losses, spent = agree(state.ranks, state.model, losses, state.gradients - before)
+        state.gradients = before + spent
+    return losses
 
 # %% ../nbs/11_train.ipynb #c3b22750
 def check_run(model, data, cfg, out, resuming):
@@ -509,18 +517,23 @@ def fit(
     progress: bool | str = True,  # show a bar; a string: under this name
     on_epoch: Callable | None = None,  # called with each epoch's row of the curves
     resume_from: dict | None = None,  # a checkpoint's content, see `resume`
+    ranks: object = None,  # the processes that share the run, see `fit_ranks`
 ) -> Fit:  # model, record, curves
     "Train `model` as `cfg` says: natural or adversarial, eqs (1)-(4), mixed or not, (12), (13)"
+    out = None if ranks and ranks.rank else out  # the first process writes
     check_run(model, data, cfg, out, resume_from is not None)
     device = pick_device(device)
-    train = data.train.to(device)
+    train = (ranks.part(data.train) if ranks else data.train).to(device)
     val = spread_subset(data.val.to(device), min(500, 50 * data.val.n_cls))
     model = model.to(device, memory_format=torch.channels_last)
     origin = dict(data=data.describe(), provenance=provenance(device), device=device)
+    if ranks:
+        origin["ranks"] = ranks.describe()
     digest = data.digest()
-    state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device))
+    state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device), ranks=ranks)
     if resume_from:
         restore(state, resume_from)
+    state.shared = share_model(model) if ranks else model
     table = (
         ClassTable(train.y, train.n_cls) if cfg.partner == "set" and "mix" in cfg.pipeline else None
     )
@@ -602,3 +615,320 @@ def resume(
             f"{out} was trained on data with digest {found['data']}, got {data.digest()}"
         )
     return fit(model, data, TrainCfg(**found["cfg"]), out=out, resume_from=found, **kwargs)
+
+# %% ../nbs/11_train.ipynb #5ca1a9b9
+import argparse
+import copy
+import itertools
+import pickle
+import signal
+import sys
+import tempfile
+from dataclasses import fields
+from datetime import timedelta
+from fractions import Fraction
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from .data import load
+from .data import lookup
+from .models import build
+
+# %% ../nbs/11_train.ipynb #5ca165cd
+@dataclass(frozen=True)
+class Ranks:
+    "This process among those that share a run"
+
+    rank: int  # 0..size-1
+    size: int  # processes
+    n: int  # training images, over all processes
+    shard: bool = False  # hold every size-th image only, instead of all
+    sync_bn: bool = False  # BatchNorm over the global batch
+
+    def describe(self):
+        "Plain data for the record."
+        return dict(size=self.size, shard=self.shard, sync_bn=self.sync_bn)
+
+    def part(self, images):
+        "What this process holds."
+        return images.subset(torch.arange(self.rank, self.n, self.size)) if self.shard else images
+
+    def batches(
+        self,
+        batch: int,  # images a step, over all processes
+        generator: torch.Generator,  # the same in all processes
+    ) -> list:  # per step: indices of this process, factor of its loss
+        "One epoch: this process's slice of every global batch"
+        if self.shard:
+            sizes = [len(range(r, self.n, self.size)) for r in range(self.size)]
+            own = [batches(m, batch // self.size, generator) for m in sizes]
+            steps = itertools.zip_longest(*own, fillvalue=own[0][0][:0])
+        else:
+            steps = [idx.tensor_split(self.size) for idx in batches(self.n, batch, generator)]
+        found = []
+        for slices in steps:
+            mine, all_ = slices[self.rank], sum(map(len, slices))
+            idx = mine if len(mine) else torch.zeros_like(max(slices, key=len)[:1])  # factor 0
+            found.append((idx, self.size * len(mine) / all_))
+        return found
+
+# %% ../nbs/11_train.ipynb #5ca1f482
+def seed_ranks(ranks, streams, seed, epoch):
+    "Streams of this process for this epoch; the order of the images stays common."
+    for i, (name, generator) in enumerate(streams.items()):
+        if name != "order":
+            words = np.random.SeedSequence((seed, epoch, ranks.rank, i)).generate_state(1)
+            generator.manual_seed(int(words[0]))
+
+
+def share_model(model):
+    "The model, averaging its gradients over the processes; running statistics stay its own."
+    names = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return DistributedDataParallel(model)
+
+
+def epoch_steps(state, images, cfg):
+    "An epoch's index tensors, each with the factor of its loss."
+    order = state.streams["order"]
+    if not state.ranks:
+        return [(idx, 1.0) for idx in batches(len(images), cfg.batch, order)]
+    seed_ranks(state.ranks, state.streams, cfg.seed, state.epoch)
+    return state.ranks.batches(cfg.batch, order)
+
+
+def share_of(factor, y, weights, size):
+    "The factor of a loss; class weights make a weighted mean of it, over all processes."
+    if weights is None or y.is_floating_point():
+        return factor
+    mine = weights[y].sum() * (factor > 0)
+    all_ = mine.clone()
+    dist.all_reduce(all_)
+    return size * mine / all_
+
+
+def agree(ranks, model, losses, spent):
+    "After an epoch: losses and cost over all processes, running statistics averaged."
+    totals = torch.cat([losses.double() / ranks.size, losses.new_tensor([spent]).double()])
+    dist.all_reduce(totals)
+    for b in model.buffers():
+        if b.is_floating_point():
+            dist.all_reduce(b)
+            b /= ranks.size
+    return totals[:-1].to(losses.dtype), int(totals[-1].item())
+
+# %% ../nbs/11_train.ipynb #5ca1742d
+@contextlib.contextmanager
+def process_group(device, timeout):
+    "Rank and number of processes of this run, connected; (0, 1) outside of torchrun and `launch`."
+    if dist.is_initialized():
+        yield dist.get_rank(), dist.get_world_size()
+        return
+    if not {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        yield 0, 1
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % gpus)
+    alone = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", size))  # a GPU for each process
+    backend = "nccl" if gpus and alone else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield rank, size
+    dist.barrier()  # on an error there is nobody to wait for: the process ends
+    dist.destroy_process_group()
+
+
+def check_ranks(data, cfg, size, shard, sync_bn, device):
+    "Refuse what several processes cannot do."
+    if cfg.batch % size:
+        raise ValueError(f"batch must be a multiple of the {size} processes, got {cfg.batch}")
+    if sync_bn and device != "cuda":
+        raise ValueError(f"sync_bn must be False without CUDA GPUs, got {sync_bn}")
+    if shard and cfg.partner == "batch" and "mix" in cfg.pipeline and cfg.batch // size < 2:
+        raise ValueError(f"batch must give each process at least 2 images to mix, got {cfg.batch}")
+
+
+def check_same_ranks(out, ranks):
+    "Another number of processes draws other random numbers: refuse to go on with it."
+    path, now = Path(out) / "record.json", ranks and ranks.describe()
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if "epochs_done" in kept and kept.get("ranks") != now:
+        say = lambda r: f"{r['size']} processes {r}" if r else "one process"
+        raise ValueError(f"{out} must be resumed with {say(kept.get('ranks'))}, got {say(now)}")
+
+
+def start_or_resume(resuming, model, data, cfg, out, **kwargs):
+    "`fit`, or `resume` with the configuration that the run began with."
+    if not resuming:
+        return fit(model, data, cfg, out=out, **kwargs)
+    if out is None:
+        raise ValueError("out must be the folder of the run to resume, got None")
+    then, now = load_checkpoint(out)["cfg"], asdict(cfg)
+    differ = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in now.items() if then.get(k) != v]
+    if differ:
+        raise ValueError(f"{out} was started with another configuration: {', '.join(differ)}")
+    return resume(out, model, data, **kwargs)
+
+# %% ../nbs/11_train.ipynb #5ca18625
+def fit_ranks(
+    model: nn.Module,  # the same weights in every process; trained in place
+    data: Data,  # the same in every process
+    cfg: TrainCfg = TrainCfg(),  # `batch` is the global one, a multiple of the processes
+    *,
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda' (one GPU a process)
+    out: str | Path | None = None,  # folder of the run; the first process writes
+    resume: bool = False,  # go on in `out`, with as many processes as before
+    shard: bool = False,  # hold a part of the training set only
+    sync_bn: bool = False,  # BatchNorm over the global batch; GPUs only
+    timeout: float = 600,  # seconds without a sign from another process
+    progress: bool | str = True,  # a bar, in the first process
+    **kwargs,  # watched, on_epoch ... of `fit`
+) -> Fit:  # the same in every process
+    "`fit` shared by the processes that `torchrun` or `launch` started; alone, `fit` itself"
+    device = pick_device(device)
+    with process_group(device, timeout) as (rank, size):
+        check_ranks(data, cfg, size, shard, sync_bn, device)
+        ranks = Ranks(rank, size, len(data.train), shard, sync_bn) if size > 1 else None
+        if resume and out:
+            check_same_ranks(out, ranks)
+        net = model
+        if sync_bn and ranks:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+        common = dict(device=device, ranks=ranks, progress=progress if rank == 0 else False)
+        done = start_or_resume(resume, net, data, cfg, out, **common, **kwargs)
+        if net is not model:
+            model.to(device).load_state_dict(net.state_dict())
+        return replace(done, model=model.eval())
+
+# %% ../nbs/11_train.ipynb #5ca1dbf3
+def launch(
+    fn: Callable,  # importable: from a module or an exported cell, not from this notebook
+    *args,  # its arguments, each process has its own copy
+    n_procs: int = 2,  # processes on this machine
+    **kwargs,  # keyword arguments of `fn`
+) -> list:  # what `fn` returned in each process
+    "Run `fn` in several processes; the first failure ends them all, and is raised here"
+    home = sys.modules.get(fn.__module__)
+    if fn.__module__ == "__main__" and not hasattr(home, "__file__"):
+        raise ValueError(f"fn must be importable by a new process, got {fn.__name__} of a notebook")
+    if not (isinstance(n_procs, int) and n_procs >= 1):
+        raise ValueError(f"n_procs must be an integer >= 1, got {n_procs!r}")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((fn, args, kwargs), Path(folder, "task.pt"))
+        started = mp.start_processes(
+            run_rank, (folder, n_procs, store.port), n_procs, join=False, start_method="spawn"
+        )
+        try:
+            while not started.join():
+                pass
+        except mp.ProcessException as e:
+            raise first_failure(folder, started.processes) from e
+        finally:
+            for p in started.processes:
+                if p.is_alive():
+                    p.kill()
+                p.join()
+        results = [Path(folder, f"{rank}.pt") for rank in range(n_procs)]
+        if not all(p.exists() for p in results):
+            raise first_failure(folder, started.processes)
+        return [torch.load(p, map_location="cpu", weights_only=False) for p in results]
+
+# %% ../nbs/11_train.ipynb #5ca141f9
+def run_rank(rank, folder, size, port):
+    "One process of `launch`: the variables of torchrun, the task, its result or its error."
+    where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    where.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)
+    os.environ.update({k: str(v) for k, v in where.items()})
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    # mapped, not read: the processes share the pages of the images until somebody writes
+    fn, args, kwargs = torch.load(Path(folder, "task.pt"), mmap=True, weights_only=False)
+    try:
+        result = fn(*args, **kwargs)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+    except Exception as e:
+        try:
+            text = pickle.dumps(e)
+            pickle.loads(text)
+        except Exception:
+            text = pickle.dumps(RuntimeError(f"{type(e).__name__}: {e}"))
+        write_aside(Path(folder, f"{rank}.error"), text)
+        raise
+
+
+def first_failure(folder, processes):
+    "The error to show: a killed process, or whatever was raised first."
+    for rank, p in enumerate(processes):
+        if p.exitcode is not None and p.exitcode < 0 and p.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-p.exitcode).name
+            return RuntimeError(
+                f"process {rank} of {len(processes)} was killed by {name}; the others were ended. "
+                "The last checkpoint stays: go on with resume"
+            )
+    errors = sorted(Path(folder).glob("*.error"), key=lambda p: p.stat().st_mtime_ns)
+    if errors:
+        return pickle.loads(errors[0].read_bytes())
+    codes = [p.exitcode for p in processes]
+    return RuntimeError(f"a process ended before its work was done, exit codes {codes}")
+
+# %% ../nbs/11_train.ipynb #5ca1aa22
+def number(text):
+    "A radius: 8/255 or 0.03."
+    return float(Fraction(text)) if "/" in text else float(text)
+
+
+def train_parser():
+    "The arguments of `python -m fairmix_nb.train`: some of the run, and the fields of `TrainCfg`."
+    top = argparse.ArgumentParser(
+        prog="fairmix_nb.train", description="Train one model; under torchrun, with all processes."
+    )
+    a = top.add_argument
+    a("--data", default="digits", help="digits, cifar10 or a folder of images")
+    a("--model", default="resnet20", help="small_cnn, resnet20 or resnet18")
+    a("--pipeline", default="attack", help="steps joined by commas: attack,mix; '' is natural")
+    a("--eps", type=number, help="radius in pixel units, 8/255 or 0.1")
+    for f in fields(TrainCfg):
+        if f.type in (int, float, str):
+            a("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper())
+    a("--device", default="auto", help="auto, cpu or cuda")
+    a("--procs", type=int, default=1, help="processes on this machine, without torchrun")
+    a("--shard", action="store_true", help="each process holds a part of the training set")
+    a("--sync-bn", action="store_true", help="BatchNorm over the global batch (GPUs)")
+    a("--timeout", type=float, default=600, help="seconds to wait for another process")
+    a("--out", type=Path, required=True, help="folder of checkpoint, record and curves")
+    a("--resume", action="store_true", help="go on with the run in --out")
+    return top
+
+# %% ../nbs/11_train.ipynb #5ca1e41a
+def main(argv: list | None = None) -> int:
+    "The command `python -m fairmix_nb.train`, also under `torchrun`."
+    args = train_parser().parse_args(argv)
+    try:
+        given = {f.name: getattr(args, f.name, None) for f in fields(TrainCfg)}
+        given["pipeline"] = tuple(filter(None, args.pipeline.split(",")))
+        cfg = TrainCfg(**{name: value for name, value in given.items() if value is not None})
+        data = load(args.data, cfg.seed, progress=False)
+        net = build(args.model, data.train.n_cls, data.train.x.shape[1], cfg.seed)
+        how = dict(device=args.device, out=args.out, resume=args.resume, timeout=args.timeout)
+        how.update(shard=args.shard, sync_bn=args.sync_bn)
+        if args.procs > 1:
+            done = launch(fit_ranks, net, data, cfg, n_procs=args.procs, **how)[0]
+        else:
+            done = fit_ranks(net, data, cfg, **how)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
+        print(f"fairmix_nb.train: {e}", file=sys.stderr)
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        last = {k: round(v, 4) for k, v in done.curves[-1].items()}
+        print(f"{last}\ncheckpoint, record and curves: {args.out}")
+    return 0
+
+# %% ../nbs/11_train.ipynb #5ca10280
+#| eval: false
+if __name__ == "__main__":
+    from fairmix_nb.train import main as run_main  # functions that new processes can import
+
+    sys.exit(run_main())
