@@ -825,7 +825,7 @@ def launch(
         try:
             while not started.join():
                 pass
-        except mp.ProcessException as e:
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as e:
             raise first_failure(folder, started.processes) from e
         finally:
             for p in started.processes:
