@@ -406,7 +406,7 @@ def provenance(
     gpu = torch.cuda.get_device_name() if str(device).startswith("cuda") else None
     return dict(
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         torchvision=torchvision.__version__,
         numpy=np.__version__,
         fairmix_nb=fairmix_nb.__version__,
