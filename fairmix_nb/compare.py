@@ -168,11 +168,11 @@ def compare(
     record = new_record(first, methods, seeds, attacks, model, cfg, device, load_kw)
     if out:
         open_folder(out, record, resume)
-    where = out.resolve() if out and workers else out
-    shared = dict(cfg=cfg, model=model, attacks=attacks, device=device, out=where, progress=progress)
+    common = dict(cfg=cfg, model=model, attacks=attacks, device=device, progress=progress)
+    do = partial(grid_run, out=out.resolve() if out and workers else out, **common)
     of_seeds = ((first if seed == seeds[0] else part(seed), seed) for seed in seeds)
     jobs = ((images, seed, method) for images, seed in of_seeds for method in methods)
-    record["runs"] = list(mapped(partial(grid_run, **shared), jobs))
+    record["runs"] = list(mapped(do, jobs))
     result = Comparison(record)
     if out:
         save_comparison(result, out)

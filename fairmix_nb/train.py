@@ -923,6 +923,7 @@ def resume(
 # %% ../nbs/11_train.ipynb #5ca1a9b9
 import argparse
 import copy
+import importlib
 import itertools
 import pickle
 import signal
@@ -1234,6 +1235,5 @@ def main(argv: list | None = None) -> int:
 # %% ../nbs/11_train.ipynb #5ca10280
 #| eval: false
 if __name__ == "__main__":
-    from fairmix_nb.train import main as run_main  # functions that new processes can import
-
-    sys.exit(run_main())
+    # by its full name: other processes import what they run
+    sys.exit(importlib.import_module("fairmix_nb.train").main())

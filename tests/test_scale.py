@@ -113,7 +113,7 @@ def test_what_several_processes_cannot_do_is_refused(two):
 
 def dies_in_the_middle(out, **kw):
     "The second process kills itself in its second epoch, between the forward passes of a step."
-    steps, real = [0], train.training_batch
+    steps, real = [0], train.step_loss
 
     def counted(*args):
         steps[0] += 1
@@ -122,7 +122,7 @@ def dies_in_the_middle(out, **kw):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
 
-    train.training_batch = counted
+    train.step_loss = counted
     return weights(fit_ranks(with_bn(), digits(), TINY, out=out, device="cpu", progress=False, timeout=60, **kw))
 
 
