@@ -199,7 +199,7 @@ def mapper(workers, gpus_per_run, device, progress):
 
 
 def ray_map(ray, gpus, progress, do, jobs):
-    "`map`, each job a task: tried again when its worker or machine is lost, in the order of `jobs`."
+    "`map`, each job a task, tried again when its machine is lost; results in the order of `jobs`."
     ours = not ray.is_initialized()
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -62,7 +62,7 @@ def many_runs(folder):
         for name, (cfg, kw) in SAME_IN_BOTH.items():
             found[name] = weights(fit_ranks(with_bn(), digits(), cfg, out=f"{folder}/{name}", **kw, **quiet))
         refused = {}
-        for name, cfg, kw in [("batch", replace(TINY, batch=63), {}), ("sync_bn", TINY, dict(sync_bn=True)),
+        for name, cfg, kw in [("batch", replace(TINY, batch=63), {}), ("sync_bn", TINY, dict(sync_bn=True)), ("compile", TINY, dict(compile=True)),
                               ("resumed", TINY, dict(out=f"{folder}/whole", resume=True, shard=True))]:
             with pytest.raises(ValueError) as e: fit_ranks(with_bn(), digits(), cfg, **kw, **quiet)
             refused[name] = str(e.value)
@@ -108,6 +108,7 @@ def test_what_several_processes_cannot_do_is_refused(two):
     for _, refused in two[0]:
         assert "multiple of the 2 processes, got 63" in refused["batch"]
         assert "sync_bn must be False" in refused["sync_bn"]
+        assert "compile must be False" in refused["compile"]
         assert "must be resumed with 2 processes" in refused["resumed"]
 
 
@@ -130,13 +131,22 @@ def goes_on(out):
     return weights(fit_ranks(with_bn(9), digits(), TINY, out=out, resume=True, device="cpu", progress=False, timeout=60))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_killed_process_ends_the_run_within_seconds_and_it_goes_on(two, tmp_path):
+def killed(folder):
     with pytest.raises(RuntimeError, match="process 1 of 2 was killed by SIGKILL.*go on with resume"):
-        launch(dies_in_the_middle, tmp_path / "run")
-    waited = time.time() - float((tmp_path / "died").read_text())
+        launch(dies_in_the_middle, folder / "run")
+    return time.time() - float((folder / "died").read_text())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_killed_process_ends_the_run_within_seconds(tmp_path):
+    waited = killed(tmp_path)
     assert waited < 10, waited
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_after_a_kill_the_run_goes_on_as_if_nothing_had_happened(two, tmp_path):
+    killed(tmp_path)
     for ended in launch(goes_on, tmp_path / "run"):
         assert all(torch.equal(v, w) for v, w in zip(ended, two[0][0][0]["whole"]))
 
@@ -175,3 +185,14 @@ def test_torchrun_trains_is_killed_and_goes_on(tmp_path):
     refused = torchrun(*QUICK, "--epochs", "41", "--out", out["cut"], "--resume")
     assert "another configuration: epochs (40 then, 41 now)" in refused.communicate(timeout=120)[0] and refused.returncode
 
+
+@pytest.mark.slow
+def test_a_grid_that_loses_a_node_is_the_grid_of_one_machine():
+    ray = pytest.importorskip("ray")
+    signal.alarm(600)
+    sys.path.insert(0, str(ROOT / "tools"))
+    import scaling
+    record = scaling.ray_grid(epochs=20, seeds=(0, 1))
+    assert not ray.is_initialized() and record["alive_at_the_end"] == 1
+    assert len(set(record["runs"])) == len(record["runs"]) == 6
+    assert record["attempts"][record["removed"]["running"]] == 2 and record["equal_to_sequential"]
