@@ -6,9 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -374,7 +372,7 @@ T.fit(K.network(), K.small_data(), K.CFG, device="cpu", out={out!r}, progress=Fa
 """
 
 
-def other_process(out, sleep=30):
+def other_process(out, sleep):
     heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     code = HOLDER.format(here=str(HERE), out=str(out), sleep=sleep)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
@@ -382,30 +380,20 @@ def other_process(out, sleep=30):
                             preexec_fn=heard, env=env)
 
 
-@posix
-def test_lock_goes_with_the_process(tmp_path):
-    import kill_train as K
-    holder = other_process(tmp_path / "run")
-    try:
-        assert holder.stdout.readline() == "1\n"
-        with pytest.raises(BlockingIOError, match="another process trains"):
-            T.resume(tmp_path / "run", K.network(), K.small_data(), device="cpu", progress=False)
-    finally: holder.kill(), holder.wait()
-    cfg = T.TrainCfg(**T.load_checkpoint(tmp_path / "run")["cfg"])
-    assert T.resume(tmp_path / "run", K.network(), K.small_data(), cfg, device="cpu", progress=False).record["finished"]
-
-
 # interrupts, divergence
 
 @posix
-def test_ctrl_c_ends_with_a_sentence_and_a_good_checkpoint(tmp_path):
-    process = other_process(tmp_path / "run", sleep=0)
+def test_another_process_and_ctrl_c(tmp_path):
+    import kill_train as K
+    go_on = lambda: T.resume(tmp_path / "run", K.network(), K.small_data(), device="cpu", progress=False)
+    process = other_process(tmp_path / "run", sleep=0.2)
     for _ in range(3): process.stdout.readline()
+    with pytest.raises(BlockingIOError, match="another process trains in"): go_on()
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=30)[1].strip().splitlines()[-1]
     assert error.startswith("KeyboardInterrupt: stopped in epoch") and "last.pt (epoch " in error
-    assert T.load_checkpoint(tmp_path / "run")["epoch"] >= 3
-    assert not list((tmp_path / "run").glob("*.tmp-*"))
+    assert T.load_checkpoint(tmp_path / "run")["epoch"] >= 3 and not list((tmp_path / "run").glob("*.tmp-*"))
+    assert go_on().record["finished"]
 
 
 @pytest.mark.slow
