@@ -31,7 +31,7 @@ WAYS = {  # words after `python`, threads
     "launch, two processes": ([*TRAIN, "--procs", "2"], 2),
     "torchrun, two processes": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *TRAIN], 1),
 }
-WORK = {64: 20, 512: 40}  # batch -> epochs
+WORK = {64: 10, 512: 20}  # batch -> epochs
 
 
 def one_command(words, threads, batch, epochs):
@@ -49,21 +49,24 @@ def one_command(words, threads, batch, epochs):
 
 
 def ranks(rounds=3):
-    "Every way in every round, so that a slow minute meets all of them."
+    "Every way in every round, so that a slow minute meets all of them; the record after each round."
     found = {}
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         for batch, epochs in WORK.items():
             for name, (words, threads) in WAYS.items():
                 found.setdefault((name, batch), []).append(one_command(words, threads, batch, epochs))
-    rows = []
-    for (name, batch), runs in found.items():
-        speed = [r["n"] * WORK[batch] / r["training"] for r in runs]
-        middle = {k: statistics.median(r[k] for r in runs) for k in ("wall", "training")}
-        rows.append(dict(way=name, batch=batch, epochs=WORK[batch], processes=runs[0]["ranks"], **middle,
-                         images_per_second=round(statistics.median(speed)), least=round(min(speed)), most=round(max(speed)),
-                         losses=sorted({r["loss"] for r in runs})))
-    return dict(schema=1, kind="scaling", provenance=provenance(), data="digits", model="small_cnn", rounds=rounds,
-                note="training: the epochs alone, with the watching of the validation part left out; wall: the whole command", rows=rows)
+        note = "training: the epochs alone; wall: the whole command"
+        yield dict(schema=1, kind="scaling", provenance=ORIGIN, data="digits", model="small_cnn", rounds=done, note=note,
+                   load_average=os.getloadavg()[0], rows=[row(name, batch, runs) for (name, batch), runs in found.items()])
+
+
+def row(name, batch, runs):
+    "Medians and spread of a way."
+    speed = [r["n"] * WORK[batch] / r["training"] for r in runs]
+    middle = {k: statistics.median(r[k] for r in runs) for k in ("wall", "training")}
+    return dict(way=name, batch=batch, epochs=WORK[batch], processes=runs[0]["ranks"], **middle,
+                images_per_second=round(statistics.median(speed)), least=round(min(speed)), most=round(max(speed)),
+                losses=sorted({r["loss"] for r in runs}))
 
 
 def logged(name, pipeline, folder):
@@ -149,6 +152,7 @@ def ray_grid(epochs=30, seeds=(0, 1, 2)):
 
 
 if __name__ == "__main__":
-    name, make = dict(ranks=("scaling", ranks), ray=("ray_grid", ray_grid))[sys.argv[1]]
-    path = write_aside(RESULTS / f"{name}.json", json.dumps(make(), indent=1) + "\n")
-    print(path)
+    ORIGIN = provenance()  # before the records make the tree dirty
+    name, make = dict(ranks=("scaling", ranks), ray=("ray_grid", lambda: [ray_grid()]))[sys.argv[1]]
+    for record in make():
+        print(write_aside(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n"), flush=True)
