@@ -18,6 +18,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -44,6 +45,8 @@ from .train import SCHEMA
 from .train import TrainCfg
 from .train import attack_errors
 from .train import fit
+from .train import load_checkpoint
+from .train import named_bar
 from .train import parse_attack
 from .train import pick_device
 from .train import provenance
@@ -95,9 +98,11 @@ def run_one(method, seed, data, cfg, model, attacks, device, folder, progress):
     net = make(model, data.train.n_cls, data.train.x.shape[1], seed)
     bar = progress and f"{name_of(method)}, seed {seed}"
     kw = dict(device=device, progress=bar, watched=10)
+    begun = folder and ((folder / "last.pt").exists() or (folder / "previous.pt").exists())
     if callable(method):
-        done = method(net, data, cfg, out=folder, **kw)
-    elif folder and ((folder / "last.pt").exists() or (folder / "previous.pt").exists()):
+        found = dict(resume_from=load_checkpoint(folder)) if begun else {}
+        done = method(net, data, cfg, out=folder, **found, **kw)
+    elif begun:
         done = resume_fit(folder, net, data, **kw)
     else:
         done = fit(net, data, cfg, out=folder, **kw)
@@ -117,6 +122,14 @@ def run_one(method, seed, data, cfg, model, attacks, device, folder, progress):
     return json.loads(text)
 
 
+def grid_run(images, seed, method, cfg, model, attacks, device, out, progress):
+    "One run of the grid, here or on a worker."
+    folder = out and out / f"{name_of(method)}-{seed}"
+    mine = replace(cfg, seed=seed, **METHODS.get(method, {}))
+    with few_threads(images):
+        return run_one(method, seed, images, mine, model, attacks, device, folder, progress)
+
+
 def name_of(method):
     return method if isinstance(method, str) else method.__name__
 
@@ -132,15 +145,18 @@ def compare(
     out: str | Path | None = None,  # folder of records, checkpoints, figure; None: keep nothing
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
     resume: bool = False,  # go on in `out`
+    workers: str | None = None,  # 'ray': runs as tasks of a Ray cluster; None: one after another
+    gpus_per_run: float | None = None,  # with Ray: .25 is four runs a GPU; None: 1, or 0 on 'cpu'
     progress: bool = True,  # show bars
     **load_kw,  # root, size, per_class, test_per_class of `load`
 ) -> "Comparison":
     "Train and attack several methods at equal budget: same images, order, first weights, steps"
     base_model, base_cfg = preset(data.name if isinstance(data, Data) else str(data))
+    mapped = mapper(workers, gpus_per_run, device, progress)
     cfg, model, device, out = (
         cfg or base_cfg,
         model or base_model,
-        pick_device(device),
+        "cuda" if gpus_per_run else pick_device(device),
         out and Path(out),
     )
     check_call(methods, seeds, attacks, model)
@@ -152,18 +168,74 @@ def compare(
     record = new_record(first, methods, seeds, attacks, model, cfg, device, load_kw)
     if out:
         open_folder(out, record, resume)
-    for seed in seeds:
-        images = first if seed == seeds[0] else part(seed)
-        for method in methods:
-            folder = out and out / f"{name_of(method)}-{seed}"
-            mine = replace(cfg, seed=seed, **METHODS.get(method, {}))
-            with few_threads(images):
-                run = run_one(method, seed, images, mine, model, attacks, device, folder, progress)
-            record["runs"].append(run)
+    common = dict(cfg=cfg, model=model, attacks=attacks, device=device, progress=progress)
+    do = partial(grid_run, out=out.resolve() if out and workers else out, **common)
+    of_seeds = ((first if seed == seeds[0] else part(seed), seed) for seed in seeds)
+    jobs = ((images, seed, method) for images, seed in of_seeds for method in methods)
+    record["runs"] = list(mapped(do, jobs))
     result = Comparison(record)
     if out:
         save_comparison(result, out)
     return result
+
+# %% ../nbs/13_compare.ipynb #5ca113a2
+def mapper(workers, gpus_per_run, device, progress):
+    "A `map` over the runs of a grid: Python's own, or Ray's."
+    if workers not in (None, "ray"):
+        raise ValueError(f"workers must be None or 'ray', got {workers!r}")
+    if workers is None:
+        if gpus_per_run is not None:
+            raise ValueError(f"gpus_per_run needs workers='ray' (--ray), got {gpus_per_run}")
+        return lambda do, jobs: (do(*job) for job in jobs)
+    if gpus_per_run is not None and not 0 <= gpus_per_run < float("inf"):
+        raise ValueError(f"gpus_per_run must be at least 0, got {gpus_per_run}")
+    try:
+        import ray
+    except ImportError:
+        raise RuntimeError("workers 'ray' need Ray: pip install 'fairmix_nb[ray]'") from None
+    if gpus_per_run is None:
+        gpus_per_run = 1 if pick_device(device) == "cuda" else 0
+    return partial(ray_map, ray, gpus_per_run, progress)
+
+
+def ray_map(ray, gpus, progress, do, jobs):
+    "`map`, each job a task, tried again when its machine is lost; results in the order of `jobs`."
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(do_quietly)
+    refs, sent = [], {}
+    try:
+        for images, seed, method in jobs:
+            if seed not in sent:
+                sent[seed] = ray.put(images)  # once a seed, not once a run
+            refs.append(task.remote(do, sent[seed], seed, method))
+        waiting = refs
+        for _ in named_bar(range(len(refs)), progress and "runs", "run"):
+            waiting = ray.wait(waiting)[1]  # a failed run does not stop the others
+        return ray.get(refs)
+    except ray.exceptions.RayTaskError as e:
+        raise e.cause if isinstance(e.cause, Exception) else RuntimeError(str(e)) from e
+    except ray.exceptions.RayError as e:
+        raise RuntimeError(f"a run was lost {RETRIES + 1} times ({type(e).__name__})") from e
+    finally:
+        for ref in refs:
+            ray.cancel(ref)  # nothing, where all went well
+        if ours:
+            ray.shutdown()
+
+
+RETRIES = 3
+
+
+def do_quietly(do, images, seed, method):
+    "A task, without bars; a worker believed lost may hold its folder for some seconds more."
+    for seconds in (1, 2, 4, 8, 16, 32):
+        try:
+            return do(images, seed, method, progress=False)
+        except BlockingIOError:
+            time.sleep(seconds)
+    return do(images, seed, method, progress=False)
 
 # %% ../nbs/13_compare.ipynb #6599b193
 @contextlib.contextmanager
@@ -208,7 +280,7 @@ def new_record(data, methods, seeds, attacks, model, cfg, device, load_kw):
         config=json.loads(json.dumps(config)),
         classes=list(data.test.classes),
         data=data.describe(),
-        provenance=provenance(device),
+        provenance=provenance(device if torch.cuda.is_available() else "cpu"),
         device=device,
         runs=[],
     )
@@ -545,6 +617,8 @@ def parser():
     a("--test-subset", type=int, metavar="N", help="keep N test images a class")
     a("--size", type=int, metavar="S", help="resize the images of a folder to S x S")
     a("--device", default="auto", help="auto, cpu or cuda")
+    a("--ray", action="store_true", help="runs as tasks of a Ray cluster (extra: ray)")
+    a("--gpus-per-run", type=float, metavar="F", help="with --ray: .25 is four runs a GPU")
     a("--out", type=Path, help="new folder for the results (default: runs/DATA-TIME)")
     a("--resume", action="store_true", help="go on with the comparison in --out")
     show = sub.add_parser("show", help="print and draw a finished comparison")
@@ -561,6 +635,7 @@ def run_compare(args):
     cfg = replace(preset(args.data, args.epochs)[1], **given)
     out = args.out or Path("runs", f"{Path(args.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")
     shared = dict(cfg=cfg, model=args.model, out=out, device=args.device, resume=args.resume)
+    shared.update(workers="ray" if args.ray else None, gpus_per_run=args.gpus_per_run)
     subset = dict(per_class=args.subset, test_per_class=args.test_subset, size=args.size)
     return compare(args.data, args.methods, args.seeds, **shared, **subset), out
 

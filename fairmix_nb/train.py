@@ -6,7 +6,7 @@
 __all__ = ['PIPELINES', 'CHOICES', 'FAST', 'STREAMS', 'SCHEMA', 'TrainCfg', 'bn_mode', 'per_channel', 'as_eps', 'attack_step',
            'mix_step', 'clean_batch', 'through_pipeline', 'training_batch', 'learning_rate', 'gradient_cosine',
            'misalignment', 'make_streams', 'parse_attack', 'attack_errors', 'provenance', 'pick_device', 'Fit', 'fit',
-           'resume']
+           'resume', 'Ranks', 'fit_ranks', 'launch', 'main']
 
 # %% ../nbs/11_train.ipynb #07eb43a9
 import contextlib
@@ -299,9 +299,9 @@ def training_batch(
     return x, y, spent + len(x)
 
 # %% ../nbs/11_train.ipynb #1c0fe57d
-def make_loss(images, cfg):
+def make_loss(images, cfg, counts=None):
     "Cross-entropy `(logits, y) -> number`: weighted, smoothed, adjusted to the class frequencies."
-    device, counts = images.x.device, torch.tensor(images.counts(), dtype=torch.float32)
+    device, counts = images.x.device, torch.tensor(counts or images.counts(), dtype=torch.float32)
     shift = (cfg.logit_adjust * (counts / counts.sum()).log()).to(device)
     weight = cfg.class_weights and torch.tensor(cfg.class_weights, device=device)
     words = dict(weight=weight, label_smoothing=cfg.smoothing)
@@ -557,6 +557,7 @@ class Job:
     table: ClassTable | None
     loss: Callable
     precision: str = "fp32"
+    ranks: object = None  # the processes that share the run, see `Ranks`; None: one
 
 # %% ../nbs/11_train.ipynb #1c0fe59d
 def make_job(images, cfg, precision="fp32"):
@@ -733,20 +734,26 @@ def step_loss(state, job, idx):
 def run_epoch(state, job):
     "One pass over the images; the losses `(steps,)`, on the device."
     cast = dict(dtype=torch.bfloat16, enabled=job.precision == "bf16", cache_enabled=False)
-    losses = []
+    losses, before = [], state.gradients
     state.model.train()
-    steps = batches(len(job.images), job.cfg.batch, state.streams["order"])
-    for i, idx in enumerate(steps):
+    steps = epoch_steps(state, job)
+    for i, (idx, factor) in enumerate(steps):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(job.cfg, state.epoch, i, len(steps))
         with torch.autocast(job.images.x.device.type, **cast):
             loss, spent = step_loss(state, job, idx)
+        if job.ranks:
+            loss = loss * share_of(factor, job, idx)
         loss.backward()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.gradients += spent
         losses.append(loss.detach())
-    return torch.stack(losses)
+    losses = torch.stack(losses)
+    if job.ranks:
+        losses, spent = agree(job.ranks, state.model, losses, state.gradients - before)
+        state.gradients = before + spent
+    return losses
 
 # %% ../nbs/11_train.ipynb #c3b22750
 def check_run(model, data, cfg, precision):
@@ -791,19 +798,23 @@ def fit(
     precision: str = "fp32",  # 'fp32', the reference; 'tf32' or 'bf16', faster on a GPU
     deterministic: bool = False,  # the same bits on a GPU too
     resume_from: dict | None = None,  # a checkpoint's content, see `resume`
+    ranks: object = None,  # the processes that share the run, see `fit_ranks`
 ) -> Fit:  # model, record, curves
     "Train `model` as `cfg` says: natural or adversarial, eqs (1)-(4), mixed or not, (12), (13)"
     check_run(model, data, cfg, precision)
-    device = pick_device(device)
+    device, out = pick_device(device), None if ranks and ranks.rank else out  # the first one writes
     how = dict(compile=compile, precision=precision, deterministic=deterministic)
     with run_folder(out, resume_from is not None), numerics(model, device, **how):
         model = model.to(device, memory_format=torch.channels_last)
         val = spread_subset(data.val.to(device), min(500, 50 * data.val.n_cls))
-        job = make_job(data.train.to(device), cfg, precision)
+        part = ranks.part(data.train) if ranks else data.train
+        job = make_job(part.to(device), cfg, precision)
         state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device), net=model)
         keep = Keeper(out, cfg, data, device, how)
         if resume_from:
             restore(state, resume_from, keep.versions)
+        if ranks:
+            job = share_run(ranks, state, job, data.train, keep)
         keep.start(state)
         try:
             for _ in named_bar(range(state.epoch, cfg.epochs), progress, "epoch"):
@@ -922,3 +933,322 @@ def resume(
     if differ:
         raise ValueError(f"{out} was started with another configuration: {differ}")
     return fit(model, data, kept, out=out, resume_from=found, **{**found["how"], **kwargs})
+
+# %% ../nbs/11_train.ipynb #5ca1a9b9
+import argparse
+import copy
+import importlib
+import itertools
+import pickle
+import signal
+import sys
+import tempfile
+from dataclasses import fields
+from datetime import timedelta
+from fractions import Fraction
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from .data import load
+from .models import build
+
+# %% ../nbs/11_train.ipynb #5ca165cd
+@dataclass(frozen=True)
+class Ranks:
+    "This process among those that share a run"
+
+    rank: int  # 0..size-1
+    size: int  # processes
+    n: int  # training images, over all processes
+    shard: bool = False  # hold every size-th image only, instead of all
+    sync_bn: bool = False  # BatchNorm over the global batch
+
+    def describe(self):
+        "Plain data for the record."
+        return dict(size=self.size, shard=self.shard, sync_bn=self.sync_bn)
+
+    def part(self, images):
+        "What this process holds."
+        return images.subset(torch.arange(self.rank, self.n, self.size)) if self.shard else images
+
+    def batches(
+        self,
+        batch: int,  # images a step, over all processes
+        generator: torch.Generator,  # the same in all processes
+    ) -> list:  # per step: indices of this process, factor of its loss
+        "One epoch: this process's slice of every global batch"
+        if self.shard:
+            sizes = [len(range(r, self.n, self.size)) for r in range(self.size)]
+            own = [batches(m, batch // self.size, generator) for m in sizes]
+            steps = itertools.zip_longest(*own, fillvalue=own[0][0][:0])
+        else:
+            steps = [idx.tensor_split(self.size) for idx in batches(self.n, batch, generator)]
+        found = []
+        for slices in steps:
+            mine, all_ = slices[self.rank], sum(map(len, slices))
+            idx = mine if len(mine) else torch.zeros_like(max(slices, key=len)[:1])  # factor 0
+            found.append((idx, self.size * len(mine) / all_))
+        return found
+
+# %% ../nbs/11_train.ipynb #5ca1f482
+def seed_ranks(ranks, streams, seed, epoch):
+    "Streams of this process for this epoch; the order of the images stays common."
+    for i, (name, generator) in enumerate(streams.items()):
+        if name != "order":
+            words = np.random.SeedSequence((seed, epoch, ranks.rank, i)).generate_state(1)
+            generator.manual_seed(int(words[0]))
+
+
+def share_run(ranks, state, job, whole, keep):
+    "The run, shared: gradients averaged, class frequencies of the whole set; its size is kept."
+    names = [name for name, _ in state.model.named_buffers()]  # running statistics stay our own
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(state.model, names)
+    state.net = DistributedDataParallel(state.model)
+    keep.fixed["ranks"] = keep.origin["ranks"] = ranks.describe()
+    return replace(job, ranks=ranks, loss=make_loss(job.images, job.cfg, whole.counts()))
+
+
+def epoch_steps(state, job):
+    "An epoch's index tensors, each with the factor of its loss."
+    order, ranks = state.streams["order"], job.ranks
+    if not ranks:
+        return [(idx, 1.0) for idx in batches(len(job.images), job.cfg.batch, order)]
+    seed_ranks(ranks, state.streams, job.cfg.seed, state.epoch)
+    return ranks.batches(job.cfg.batch, order)
+
+
+def share_of(factor, job, idx):
+    "The factor of a loss; with class weights its mean is a weighted one, over all processes."
+    weights = job.cfg.class_weights
+    if weights is None or job.cfg.partner == "any" and "mix" in job.cfg.pipeline:
+        return factor
+    mine = torch.tensor(weights, device=job.images.y.device)[job.images.y[idx]].sum() * (factor > 0)
+    all_ = mine.clone()
+    dist.all_reduce(all_)
+    return job.ranks.size * mine / all_
+
+
+def agree(ranks, model, losses, spent):
+    "After an epoch: losses and cost over all processes, running statistics averaged."
+    totals = torch.cat([losses.double() / ranks.size, losses.new_tensor([spent]).double()])
+    dist.all_reduce(totals)
+    for b in model.buffers():
+        if b.is_floating_point():
+            dist.all_reduce(b)
+            b /= ranks.size
+    return totals[:-1].to(losses.dtype), int(totals[-1].item())
+
+# %% ../nbs/11_train.ipynb #5ca1742d
+@contextlib.contextmanager
+def process_group(device, timeout):
+    "Rank and number of processes of this run, connected; (0, 1) outside of torchrun and `launch`."
+    if dist.is_initialized():
+        yield dist.get_rank(), dist.get_world_size()
+        return
+    if not {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        yield 0, 1
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % gpus)
+    alone = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", size))  # a GPU for each process
+    backend = "nccl" if gpus and alone else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield rank, size
+    dist.barrier()  # on an error there is nobody to wait for: the process ends
+    dist.destroy_process_group()
+
+
+def check_ranks(cfg, size, shard, sync_bn, device, compile):
+    "Refuse what several processes cannot do."
+    if cfg.batch % size:
+        raise ValueError(f"batch must be a multiple of the {size} processes, got {cfg.batch}")
+    if sync_bn and device != "cuda":
+        raise ValueError(f"sync_bn must be False without CUDA GPUs, got {sync_bn}")
+    if size > 1 and compile:
+        raise ValueError(f"compile must be False in several processes, got {compile}")
+    if size > 1 and cfg.class_weights is not None and cfg.grad_align:
+        raise ValueError("class_weights and grad_align must not be joined in several processes")
+    if shard and cfg.partner == "batch" and "mix" in cfg.pipeline and cfg.batch // size < 2:
+        raise ValueError(f"batch must give each process at least 2 images to mix, got {cfg.batch}")
+
+
+def start_or_resume(resuming, model, data, cfg, out, ranks, **kwargs):
+    "`fit`, or `resume` with as many processes as before: others would draw other random numbers."
+    if not resuming:
+        return fit(model, data, cfg, out=out, ranks=ranks, **kwargs)
+    if out is None:
+        raise ValueError("out must be the folder of the run to resume, got None")
+    now, then = ranks and ranks.describe(), load_checkpoint(out).get("ranks")
+    if then != now:
+        say = lambda r: f"{r['size']} processes {r}" if r else "one process"
+        raise ValueError(f"{out} must be resumed with {say(then)}, got {say(now)}")
+    return resume(out, model, data, cfg, ranks=ranks, **kwargs)
+
+# %% ../nbs/11_train.ipynb #5ca18625
+def fit_ranks(
+    model: nn.Module,  # the same weights in every process; trained in place
+    data: Data,  # the same in every process
+    cfg: TrainCfg = TrainCfg(),  # `batch` is the global one, a multiple of the processes
+    *,
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda' (one GPU a process)
+    out: str | Path | None = None,  # folder of the run; the first process writes
+    resume: bool = False,  # go on in `out`, with as many processes as before
+    shard: bool = False,  # hold a part of the training set only
+    sync_bn: bool = False,  # BatchNorm over the global batch; GPUs only
+    timeout: float = 600,  # seconds without a sign from another process
+    progress: bool | str = True,  # a bar, in the first process
+    **kwargs,  # watched, on_epoch ... of `fit`
+) -> Fit:  # the same in every process
+    "`fit` shared by the processes that `torchrun` or `launch` started; alone, `fit` itself"
+    device = pick_device(device)
+    with process_group(device, timeout) as (rank, size):
+        check_ranks(cfg, size, shard, sync_bn, device, kwargs.get("compile"))
+        ranks = Ranks(rank, size, len(data.train), shard, sync_bn) if size > 1 else None
+        net = model
+        if sync_bn and ranks:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+        common = dict(device=device, progress=progress if rank == 0 else False)
+        done = start_or_resume(resume, net, data, cfg, out, ranks, **common, **kwargs)
+        if net is not model:
+            model.to(device).load_state_dict(net.state_dict())
+        return replace(done, model=model.eval())
+
+# %% ../nbs/11_train.ipynb #5ca1dbf3
+def launch(
+    fn: Callable,  # importable: from a module or an exported cell, not from this notebook
+    *args,  # its arguments, each process has its own copy
+    n_procs: int = 2,  # processes on this machine
+    **kwargs,  # keyword arguments of `fn`
+) -> list:  # what `fn` returned in each process
+    "Run `fn` in several processes; the first failure ends them all, and is raised here"
+    home = sys.modules.get(fn.__module__)
+    if fn.__module__ == "__main__" and not hasattr(home, "__file__"):
+        raise ValueError(f"fn must be importable by a new process, got {fn.__name__} of a notebook")
+    if not (isinstance(n_procs, int) and n_procs >= 1):
+        raise ValueError(f"n_procs must be an integer >= 1, got {n_procs!r}")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((fn, args, kwargs), Path(folder, "task.pt"))
+        started = mp.start_processes(
+            run_rank, (folder, n_procs, store.port), n_procs, join=False, start_method="spawn"
+        )
+        try:
+            while not started.join():
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as e:
+            raise first_failure(folder, started.processes) from e
+        finally:
+            for p in started.processes:
+                if p.is_alive():
+                    p.kill()
+                p.join()
+        results = [Path(folder, f"{rank}.pt") for rank in range(n_procs)]
+        if not all(p.exists() for p in results):
+            raise first_failure(folder, started.processes)
+        return [torch.load(p, map_location="cpu", weights_only=False) for p in results]
+
+# %% ../nbs/11_train.ipynb #5ca141f9
+def run_rank(rank, folder, size, port):
+    "One process of `launch`: the variables of torchrun, the task, its result or its error."
+    where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    where.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)
+    os.environ.update({k: str(v) for k, v in where.items()})
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    # mapped, not read: the processes share the pages of the images until somebody writes
+    fn, args, kwargs = torch.load(Path(folder, "task.pt"), mmap=True, weights_only=False)
+    try:
+        result = fn(*args, **kwargs)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+    except Exception as e:
+        try:
+            text = pickle.dumps(e)
+            pickle.loads(text)
+        except Exception:
+            text = pickle.dumps(RuntimeError(f"{type(e).__name__}: {e}"))
+        write_aside(Path(folder, f"{rank}.error"), text)
+        raise
+
+
+def first_failure(folder, processes):
+    "The error to show: a killed process, or whatever was raised first."
+    for rank, p in enumerate(processes):
+        if p.exitcode is not None and p.exitcode < 0 and p.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-p.exitcode).name
+            return RuntimeError(
+                f"process {rank} of {len(processes)} was killed by {name}; the others were ended. "
+                "The last checkpoint stays: go on with resume"
+            )
+    errors = sorted(Path(folder).glob("*.error"), key=lambda p: p.stat().st_mtime_ns)
+    if errors:
+        return pickle.loads(errors[0].read_bytes())
+    codes = [p.exitcode for p in processes]
+    return RuntimeError(f"a process ended before its work was done, exit codes {codes}")
+
+# %% ../nbs/11_train.ipynb #5ca1aa22
+def number(text):
+    "A radius: 8/255 or 0.03."
+    return float(Fraction(text)) if "/" in text else float(text)
+
+
+def words(text):
+    "A schedule: step,50,.1 or constant."
+    name, *rest = text.split(",")
+    return (name, *(int(t) if t.isdigit() else float(t) for t in rest))
+
+
+def train_parser():
+    "The arguments of `python -m fairmix_nb.train`: some of the run, and the fields of `TrainCfg`."
+    top = argparse.ArgumentParser(
+        prog="fairmix_nb.train", description="Train one model; under torchrun, with all processes."
+    )
+    a = top.add_argument
+    a("--data", default="digits", help="digits, cifar10 or a folder of images")
+    a("--model", default="resnet20", help="small_cnn, resnet20 or resnet18")
+    a("--pipeline", default="attack", help="steps joined by commas: attack,mix; '' is natural")
+    a("--eps", type=number, help="radius in pixel units, 8/255 or 0.1")
+    a("--schedule", type=words, help="step,50,.1 or cyclic,.4 or constant")
+    for f in fields(TrainCfg):
+        if f.type in (int, float, str):
+            a("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper())
+    a("--device", default="auto", help="auto, cpu or cuda")
+    a("--procs", type=int, default=1, help="processes on this machine, without torchrun")
+    a("--shard", action="store_true", help="each process holds a part of the training set")
+    a("--sync-bn", action="store_true", help="BatchNorm over the global batch (GPUs)")
+    a("--timeout", type=float, default=600, help="seconds to wait for another process")
+    a("--out", type=Path, required=True, help="folder of checkpoint, record and curves")
+    a("--resume", action="store_true", help="go on with the run in --out")
+    return top
+
+# %% ../nbs/11_train.ipynb #5ca1e41a
+def main(argv: list | None = None) -> int:
+    "The command `python -m fairmix_nb.train`, also under `torchrun`."
+    args = train_parser().parse_args(argv)
+    try:
+        given = {f.name: getattr(args, f.name, None) for f in fields(TrainCfg)}
+        given["pipeline"] = tuple(filter(None, args.pipeline.split(",")))
+        cfg = TrainCfg(**{name: value for name, value in given.items() if value is not None})
+        data = load(args.data, cfg.seed, progress=False)
+        net = build(args.model, data.train.n_cls, data.train.x.shape[1], cfg.seed)
+        how = dict(device=args.device, out=args.out, resume=args.resume, timeout=args.timeout)
+        how.update(shard=args.shard, sync_bn=args.sync_bn)
+        if args.procs > 1:
+            done = launch(fit_ranks, net, data, cfg, n_procs=args.procs, **how)[0]
+        else:
+            done = fit_ranks(net, data, cfg, **how)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
+        print(f"fairmix_nb.train: {e}", file=sys.stderr)
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        last = {k: round(v, 4) for k, v in done.curves[-1].items()}
+        print(f"{last}\ncheckpoint, record and curves: {args.out}")
+    return 0
+
+# %% ../nbs/11_train.ipynb #5ca10280
+#| eval: false
+if __name__ == "__main__":
+    # by its full name: other processes import what they run
+    sys.exit(importlib.import_module("fairmix_nb.train").main())
