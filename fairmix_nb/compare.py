@@ -26,6 +26,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from .attacks import attack_by_name
+from .audit import STANDARD
+from .audit import audit_checkpoint
+from .audit import columns
+from .audit import load_report
+from .audit import short
 from .data import Data
 from .data import load
 from .data import lookup
@@ -405,22 +411,6 @@ class Comparison:
     plot = lambda self, attack=None: class_plot(self, attack)
     notes = lambda self: warnings_of(self)
 
-# %% ../nbs/13_compare.ipynb #678a71e8
-def short(p, digits=3):
-    "A share as .123, or with fewer digits; one as 1.0."
-    text = f"{p:.{digits}f}"
-    return text[1:] if p < 1 and text[0] == "0" else text[:-1]
-
-
-def columns(rows, gap="  "):
-    "Rows of text as aligned columns: the first to the left, the others to the right."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        gap.join([r[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(r[1:], widths[1:]))])
-        for r in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
 # %% ../nbs/13_compare.ipynb #ab10c7c7
 def header(c):
     "What was compared, on what, how long it took."
@@ -595,7 +585,8 @@ EXAMPLE = """examples:
   fairmix                                   six methods on scikit-learn's digits, two minutes
   fairmix compare --data ~/photos --eps 4/255 --epochs 20 --seeds 0 1 2 --out runs/photos
   fairmix compare --data cifar10 --methods at attack_mix --subset 1000 --device cpu --epochs 3
-  fairmix show runs/photos                  print and draw a finished comparison from its record
+  fairmix audit runs/photos/at-0 --data ~/photos --eps 4/255 --out runs/audit
+  fairmix show runs/photos                  print and draw a finished comparison or audit again
 A folder holds train/CLASS/*.png and test/CLASS/*.png, or just CLASS/*.png."""
 
 
@@ -621,9 +612,31 @@ def parser():
     a("--gpus-per-run", type=float, metavar="F", help="with --ray: .25 is four runs a GPU")
     a("--out", type=Path, help="new folder for the results (default: runs/DATA-TIME)")
     a("--resume", action="store_true", help="go on with the comparison in --out")
-    show = sub.add_parser("show", help="print and draw a finished comparison")
+    about = "attack a trained network class by class, and diagnose the numbers"
+    audit_arguments(sub.add_parser("audit", help=about, **words).add_argument)
+    show = sub.add_parser("show", help="print and draw a finished comparison or audit")
     show.add_argument("folder", type=Path)
     return top
+
+
+def audit_arguments(a):
+    "The arguments of `fairmix audit`."
+    a("checkpoint", type=Path, help="a run's folder or last.pt, or a file of its weights")
+    a("--data", default="digits", help="what it was trained on; its test part is attacked")
+    a("--eps", help="radius in pixel units; 0.06,0.06,0.06: one per channel (default: training's)")
+    a("--attacks", default=",".join(STANDARD), help="weak to strong (default: %(default)s)")
+    a("--norm", default="linf", help="linf or l2")
+    a("--sweep", default="", metavar="M,M", help="multiples of eps to attack at as well")
+    a("--model", help=", ".join(MODELS) + " (default: whichever fits)")
+    a("--surrogate", type=Path, help="another checkpoint: do its adversarial images transfer?")
+    a("--subset", type=int, metavar="N", help="training images a class that the run used")
+    a("--test-subset", type=int, metavar="N", help="attack N test images a class")
+    a("--size", type=int, metavar="S", help="side of the images of a folder")
+    a("--batch", type=int, default=256, help="images at a time (default: 256)")
+    a("--seed", type=int, default=0, help="of the random starts")
+    a("--device", default="auto", help="auto, cpu or cuda")
+    a("--out", type=Path, help="new folder for the report (default: runs/audit-TIME)")
+    a("--resume", action="store_true", help="go on with the audit in --out")
 
 # %% ../nbs/13_compare.ipynb #552505cb
 def run_compare(args):
@@ -633,30 +646,59 @@ def run_compare(args):
     given = dict(batch=args.batch, eps=args.eps and parse_eps(args.eps))
     given = {name: value for name, value in given.items() if value is not None}
     cfg = replace(preset(args.data, args.epochs)[1], **given)
-    out = args.out or Path("runs", f"{Path(args.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = args.out or new_folder(Path(args.data).name)
     shared = dict(cfg=cfg, model=args.model, out=out, device=args.device, resume=args.resume)
     shared.update(workers="ray" if args.ray else None, gpus_per_run=args.gpus_per_run)
     subset = dict(per_class=args.subset, test_per_class=args.test_subset, size=args.size)
     return compare(args.data, args.methods, args.seeds, **shared, **subset), out
 
 
+def new_folder(name):
+    return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def run_audit(args):
+    "The audit that the arguments ask for, and its folder."
+    if args.resume and not args.out:
+        raise ValueError("--resume needs --out, the folder to go on in")
+    eps = args.eps and [parse_eps(e) for e in args.eps.split(",")]
+    names = [attack_by_name(name).name for name in args.attacks.split(",")]
+    attacks = tuple(names if "clean" in names else ["clean", *names])
+    try:
+        sweep = tuple(float(m) for m in args.sweep.split(",") if m)
+    except ValueError:
+        raise ValueError(f"--sweep must hold numbers such as .5,1,2, got {args.sweep!r}") from None
+    out = args.out or new_folder("audit")
+    same = ("norm", "surrogate", "size", "batch", "seed", "device", "resume")
+    subset = dict(per_class=args.subset, test_per_class=args.test_subset, name=args.model)
+    given = {name: getattr(args, name) for name in same}
+    eps = eps and (eps[0] if len(eps) == 1 else tuple(eps))
+    kw = dict(subset, **given, sweep=sweep, out=out)
+    return audit_checkpoint(args.checkpoint, args.data, eps, attacks, **kw), out
+
+
+def run_show(args):
+    "A finished comparison or audit, and its folder."
+    if (args.folder / "audit.json").exists():
+        return load_report(args.folder), args.folder
+    found = show(args.folder)
+    if args.folder.is_dir():
+        save_comparison(found, args.folder)
+    return found, args.folder
+
+
 def main(argv: list | None = None) -> int:
     "The command line `fairmix`; without arguments, `compare` on the embedded digits."
     args = parser().parse_args((sys.argv[1:] if argv is None else argv) or ["compare"])
     try:
-        if args.command == "show":
-            result, out = show(args.folder), args.folder
-            if out.is_dir():
-                save_comparison(result, out)
-        else:
-            result, out = run_compare(args)
+        result, out = dict(compare=run_compare, audit=run_audit, show=run_show)[args.command](args)
     except KeyboardInterrupt as e:
         print(f"\nfairmix: {e}. Go on with --out FOLDER --resume.", file=sys.stderr, flush=True)
         if argv is None:
             os._exit(130)  # all files are complete; unloading PyTorch would take seconds
         return 130
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
+    except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as e:
         print(f"fairmix: {e}", file=sys.stderr)
         return 2
-    print(f"{result}\n\nrecords, curves and figure: {out}")
+    print(f"{result}\n\nrecords and figure: {out}")
     return 0

@@ -173,3 +173,31 @@ def test_notes_name_leaking_and_overfitting():
             run["attacks"]["pgd-20"]["flags"] = pack_flags(np.ones(n, bool))
     found = " ".join(Comparison(record).notes())
     assert found.count("at: clean") == 2 and "carries the label" in found and "overfitted to one step" in found
+
+
+def test_audit_of_a_run_as_typed(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "audit"
+    assert main([*QUICK, "--out", str(run)]) == 0
+    job = ["audit", str(run / "at-0"), "--attacks", "fgsm,pgd,apgd", "--test-subset", "9",
+           "--sweep", "0.5,1", "--out", str(out)]
+    assert main(job) == 0
+    printed = capsys.readouterr().out
+    assert "90 images of 10 classes, eps 0.1" in printed and "verdict: " in printed
+    found = json.loads((out / "audit.json").read_text())
+    assert found["config"]["attacks"] == ["clean", "fgsm", "pgd-20", "apgd-ce"]
+    before = (out / "journal.jsonl").read_text()
+    assert main([*job, "--resume"]) == 0 and (out / "journal.jsonl").read_text() == before
+    assert main(["show", str(out)]) == 0 and "verdict: " in capsys.readouterr().out
+    refused(capsys, job, "exists: go on with resume")
+    refused(capsys, [*job, "--resume", "--seed", "1"], "of another audit: config differ")
+    other = [*job[:-1], str(tmp_path / "b")]
+    refused(capsys, [*other, "--attacks", "pdg"], "did you mean")
+    refused(capsys, [*other, "--attacks", "apgd,fgsm"], "weak to strong")
+    refused(capsys, [*other, "--eps", "8"], "[0, 1]")
+    refused(capsys, [*other, "--sweep", "a"], "--sweep must hold numbers")
+    refused(capsys, [*other, "--model", "resnet18"], "must fit resnet18")
+    refused(capsys, [*other, "--subset", "20"], "trained on data with digest")
+    for bad in ("none.pt", "bad.pt"):
+        (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+        refused(capsys, ["audit", tmp_path / bad], bad)
+    assert not (tmp_path / "b").exists(), "nothing is left behind by what is refused"
