@@ -1126,7 +1126,8 @@ def launch(
 ) -> list:  # what `fn` returned in each process
     "Run `fn` in several processes; the first failure ends them all, and is raised here"
     home = sys.modules.get(fn.__module__)
-    if fn.__module__ == "__main__" and not hasattr(home, "__file__"):
+    typed = fn.__module__ == "__main__" and not hasattr(home, "__file__")
+    if typed or getattr(home, fn.__name__, None) is not fn:
         raise ValueError(f"fn must be importable by a new process, got {fn.__name__} of a notebook")
     if not (isinstance(n_procs, int) and n_procs >= 1):
         raise ValueError(f"n_procs must be an integer >= 1, got {n_procs!r}")
