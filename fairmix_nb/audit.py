@@ -1013,7 +1013,7 @@ def compare_reports(
     return PairedReports(rows, boot(worst_class), worst_difference(fa, fb, y, len(names)),
                          boot(lambda r: np.nanmean(r, -1)), len(a))
 
-# %% ../nbs/12_audit.ipynb #bf25695c
+# %% ../nbs/12_audit.ipynb #5ec772cd
 def load_model(
     path: str | Path,  # a checkpoint of `fit` (last.pt or its folder), or a state dict
     n_cls: int,  # classes of the data
@@ -1053,7 +1053,7 @@ def read_state(path):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(found).__name__}")
     return read_checkpoint(path) if 'schema' in found else found
 
-# %% ../nbs/12_audit.ipynb #1721c6b5
+# %% ../nbs/12_audit.ipynb #a7f9b4c5
 def audit_checkpoint(
     path: str | Path,  # a checkpoint of `fit`, or its folder
     data: str = 'digits',  # as `load` takes it; its test part is attacked
