@@ -134,13 +134,13 @@ def errata_page() -> str:
 
 
 def bibliography_page() -> str:
-    "The list, and behind each entry the chapters that cite it."
-    cited = {p: book.citations(" ".join(book.source(c) for c in book.cells(p))) for p in book.chapters()}
+    "The list, and behind each entry the chapters that lean on it."
+    texts = {p: " ".join(book.source(c) for c in book.cells(p)) for p in book.chapters()}
     out = []
     for line in (DOCS / "bibliography.md").read_text(encoding="utf-8").splitlines():
-        if m := re.match(r"- \*\*(\S+?) .*?(\d{4})\*\*", line):
-            users = [f"[{p.stem[:2]}]({p.name})" for p, found in cited.items() if (m[1].rstrip(","), m[2]) in found]
-            line += f" *Chapters: {', '.join(users)}.*" if users else ""
+        if line.startswith("- **"):
+            users = [f"[{p.stem[:2]}]({p.name})" for p, text in texts.items() if book.leans_on(text, line)]
+            line += f" *Chapters {', '.join(users)}.*" if users else ""
         out.append(line)
     return "\n".join(out)
 

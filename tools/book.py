@@ -231,7 +231,7 @@ def mentions(text: str) -> set:
     found = set()
     for a, b in re.findall(r"\((\d+)\)(?:\s*(?:-|to)\s*\((\d+)\))?", text):
         found |= {f"({i})" for i in range(int(a), int(b or a) + 1)}
-    for word, numbers in re.findall(r"\b(Def|Prop|Thm|Theorem|Remark|Definition|Proposition|Figure|Fig)s?\.? (\d(?:(?:,| and|-) ?\d)*)(?!\d)", text):
+    for word, numbers in re.findall(r"\b(Def|Prop|Thm|Theorem|Remark|Definition|Proposition|Figure|Fig)s?\.? (\d(?:(?:,| and|-) ?\d)*)(?!\d| \([ab]\))", text):
         for a, b in re.findall(r"(\d)(?:-(\d))?", numbers):
             found |= {f"{WORDS[word]} {i}" for i in range(int(a), int(b or a) + 1)}
     found |= {f"Figure {i} ({p})" for i, p in re.findall(r"Figure (\d) \(([ab])\)", text)}
@@ -247,6 +247,13 @@ def claimed(cell) -> set:
         for bold in re.findall(r"\*\*([^*]+)\*\*", line) if line.startswith(">") else re.findall(r"^##+ (.*)", line):
             found |= {s for s in mentions(bold) if not s.startswith("(")}
     return found & set(STATEMENTS)
+
+
+def heads(cell, statement: str) -> str:
+    "The proposition or theorem under whose bold name an equation stands in a text cell."
+    before = re.split(rf"\\tag\{{[^}}]*\b{re.escape(statement.strip('()'))}\b", source(cell))[0]
+    bold = [s for name in re.findall(r"\*\*([^*]+)\*\*", before) for s in mentions(name)]
+    return bold[-1] if bold else ""
 
 
 def section(path: Path, i: int) -> tuple:
@@ -275,36 +282,51 @@ def checks(path: Path, start: int, end: int) -> list:
 def statements() -> dict:
     "Statement -> [(notebook, section, functions, checks)], one entry per section that states it."
     names = {d["name"]: (m, d) for m in modules() for d in api(m)[1] if d["kind"] != "constant"}
+    found, theory = {s: [] for s in STATEMENTS}, [p for p in chapters() if p.stem[:2] <= "06"]
     by_doc = {s: [n for n, (_, d) in names.items() if s in mentions(d["doc"])] for s in STATEMENTS}
-    found = {s: [] for s in STATEMENTS}
     for path in chapters():
         for i, cell in enumerate(cells(path)):
-            if cell["cell_type"] != "markdown":
-                continue
-            for s in claimed(cell):
+            for s in claimed(cell) if cell["cell_type"] == "markdown" else ():
+                if s.startswith("(") and path not in theory:  # their numbers are their own
+                    continue
                 start, end, text = section(path, i)
                 if any(place[:2] == (path, start) for place in found[s]):
                     continue
                 tested = checks(path, i, end)
                 code = "\n".join(source(cells(path)[j]) for j, _ in tested)
-                used = [n for n in names if re.search(rf"(?<![.\w]){n}\(", code)]
-                functions = by_doc[s] or used
+                used = [n for n, (_, d) in names.items() if d["kind"] == "function" and (n not in definitions(path) or modules()[names[n][0]] == path)
+                        and re.search(rf"(?<![.\w]){n}\(", code)]
+                functions = by_doc[s] or by_doc.get(heads(cell, s), []) or used
                 home = path
                 if not tested and functions:  # stated here, computed and checked where the function is
                     home = modules()[names[functions[0]][0]]
                     cell_of = exporting_cell(home, functions[0])
-                    tested = checks(home, cell_of, section(home, cell_of)[1])
+                    tested = [c for c in checks(home, cell_of, len(cells(home))) if f"{functions[0]}(" in source(cells(home)[c[0]])]
                 found[s].append((path, start, text, functions[:3], home, tested))
     return found
 
 
 # --- citations -------------------------------------------------------------------------------
 
-CITED = re.compile(r"(?<![A-Za-z])([A-Z][\w'éáö-]+)(?:,? (?:et al\.?|(?:and|&) [A-Z]\w+)|-[A-Z]\w+|(?:, [A-Z]\w+)+ & [A-Z]\w+)?,? \(?((?:18|19|20)\d\d)\b")
+CITED = re.compile(r"(?<![A-Za-z])([A-Z][\w'éáö]+)(?:,? (?:et al\.?|(?:and|&) [A-Z]\w+)|-[A-Z]\w+|(?:, [A-Z]\w+)+ & [A-Z]\w+)?,? \(?((?:18|19|20)\d\d)\b")
+PLACES = {"ICLR", "ICML", "CVPR", "ICCV", "ECCV", "NeurIPS", "JMLR", "ISIT", "Statistics", "Biometrika", "Psychometrika", "Journal", "BASE", "Python", "In"}
 
 
 def citations(text: str) -> set:
-    "(first author, year) of the works that a text names; places of publication are not authors."
-    places = {"ICLR", "ICML", "CVPR", "Statistics", "Biometrika", "NeurIPS", "ECCV", "ICCV", "ISIT", "BASE", "January", "November", "Python", "In", "JMLR",
-              "Journal", "Psychometrika"}
-    return {(a.split("-")[0], y) for a, y in CITED.findall(text) if a not in places}
+    "(first author, year) of the works that a text names; where they appeared is no author."
+    return {(a, y) for a, y in CITED.findall(text) if a not in PLACES}
+
+
+def entries() -> dict:
+    "(first author, year) -> line of docs/bibliography.md."
+    lines = (ROOT / "docs" / "bibliography.md").read_text(encoding="utf-8").splitlines()
+    return {m.groups(): line for line in lines if (m := re.match(r"- \*\*(\S+) (\d{4})\*\*", line))}
+
+
+def leans_on(text: str, entry: str) -> bool:
+    "Does a text name the work: by author and year, or by the words after `Here:`?"
+    author, year = re.match(r"- \*\*(\S+) (\d{4})\*\*", entry).groups()
+    words = re.search(r"\bHere: ([^.]+)\.", entry)
+    alone = [author] * (len(author) > 4 and author not in ("Zhang", "Madry"))
+    return (author, year) in citations(text) or any(
+        re.search(rf"\b{re.escape(w)}\b", text) for w in alone + (words[1].split(", ") if words else []))
