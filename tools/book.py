@@ -192,9 +192,11 @@ def api(module: str) -> tuple:
     for n in tree.body:
         if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public:
             found[n.name] = described(n, text, notes)
-        elif isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and n.targets[0].id in public:
-            found[n.targets[0].id] = dict(name=n.targets[0].id, kind="constant", doc=notes.get(n.lineno, "") or constant(n.value),
-                                          rows=[], back=("", ""), methods=[])
+        elif isinstance(n, ast.Assign) and isinstance(n.targets[0], (ast.Name, ast.Tuple)):
+            targets = getattr(n.targets[0], "elts", [n.targets[0]])
+            values = n.value.elts if len(targets) > 1 else [n.value]
+            found |= {t.id: dict(name=t.id, kind="constant", doc=notes.get(n.lineno, "") or constant(v), rows=[], back=("", ""), methods=[])
+                      for t, v in zip(targets, values) if t.id in public}
         elif isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute):  # Class.method = _function
             method = described(functions[n.value.id], text, notes) | dict(name=n.targets[0].attr)
             method["rows"] = [r for r in method["rows"] if r[0] != "self"]
@@ -212,7 +214,7 @@ def constant(value) -> str:
 
 def exporting_cell(path: Path, name: str) -> int:
     "The cell that defines a public name."
-    pattern = re.compile(rf"^(?:def|class) {name}\b|^{name}\s*(?:,.*)?=", re.M)
+    pattern = re.compile(rf"^(?:def|class) {name}\b|^(?:\w+, )*{name}\s*(?:,.*)?=", re.M)
     return next(i for i, c in enumerate(cells(path)) if c["cell_type"] == "code" and pattern.search(source(c))
                 and {"export", "exporti"} & directives(c).keys())
 
