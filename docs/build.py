@@ -154,7 +154,7 @@ def stage(to: Path) -> None:
     for path in book.chapters():
         (to / path.name).write_text(json.dumps(staged(path)), encoding="utf-8")
     index = staged(book.NBS / "index.ipynb")
-    contents = [toctree("Chapters", [p.stem for p in book.chapters()]),
+    contents = [toctree("Chapters", [f"{int(p.stem[:2])} · {book.title(p)} <{p.stem}>" for p in book.chapters()]),
                 toctree("Reference", ["map", "errata", "names", "glossary", "bibliography", "contributing", "changelog"]),
                 toctree("Modules", [f"modules/{m}" for m in book.modules()])]
     index["cells"].append(dict(cell_type="markdown", id="contents", metadata={}, source="\n".join(contents)))
@@ -170,7 +170,8 @@ def stage(to: Path) -> None:
     shutil.copy(DOCS.parent / ".github" / "CONTRIBUTING.md", to / "contributing.md")
     shutil.copy(DOCS / "conf.py", to)
     (to / "_static").mkdir()
-    shutil.copy(DOCS / "book.css", to / "_static")
+    for name in ("book.css", "icon.svg"):
+        shutil.copy(DOCS / name, to / "_static")
     mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
     for part in ("tex-chtml.js", "output/chtml/fonts", "input/tex/extensions"):
         copy = shutil.copytree if (mathjax / part).is_dir() else shutil.copy
@@ -182,15 +183,26 @@ def stage(to: Path) -> None:
 
 
 class Page(HTMLParser):
-    "The names, links and pictures of a page."
+    "The names, links, pictures and words of a page."
 
     def __init__(self, text):
         super().__init__()
-        self.names, self.links, self.loads, self.silent = set(), [], [], []
+        self.names, self.links, self.loads, self.silent, self.words, self.open = set(), [], [], [], [], []
         self.feed(text)
+
+    def handle_data(self, data):
+        if not self.open:
+            self.words.append(data)
+
+    def handle_endtag(self, tag):
+        if self.open and tag == self.open[-1]:
+            self.open.pop()
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
+        apart = tag in ("script", "style", "pre", "code") or "math" in (a.get("class") or "").split()
+        if apart or self.open and tag == self.open[-1]:  # code and formulas; a tag of the same kind nests in them
+            self.open.append(tag)
         self.names |= {a[k] for k in ("id", "name") if a.get(k)}
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
@@ -206,6 +218,7 @@ def problems(site: Path) -> list:
     found = []
     for name, page in pages.items():
         found += [f"{name}: picture without a text: {src}" for src in page.silent]
+        found += [f"{name}: a formula as raw text: {raw}" for raw in re.findall(r"\$\$.{0,40}|\\(?:frac|tag|text|sqrt)\b.{0,40}", "".join(page.words))]
         for link in page.loads + page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:

@@ -13,6 +13,7 @@ mathjax3_config = {"chtml": {"mtextInheritFont": True}, "options": {"enableMenu"
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_favicon = "_static/icon.svg"
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "friendly"

@@ -19,7 +19,7 @@ from fairmix_nb import tempering
 from fairmix_nb import theory
 from fairmix_nb.gaussian import GaussianPair
 
-quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 real = lambda low, high: st.floats(low, high, allow_nan=False, width=64)
 gs, radii, priors = real(1e-3, 1), real(0, 2), real(0, 1)
 thresholds = st.one_of(real(-50, 50), st.sampled_from([-math.inf, math.inf]))
