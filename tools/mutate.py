@@ -24,7 +24,6 @@ from contextlib import redirect_stderr
 from contextlib import redirect_stdout
 from pathlib import Path
 
-os.environ.update(MPLBACKEND="agg", IN_TEST="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import book  # noqa: E402
 
@@ -202,6 +201,7 @@ def main() -> int:
     ap.add_argument("--sample", type=int, default=40, help="mutants a module (default: 40)")
     ap.add_argument("--record", type=Path, help="write the record there")
     args = ap.parse_args()
+    os.environ.update(MPLBACKEND="agg", IN_TEST="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
     rows, tally, start = [], {}, time.time()
     from fairmix_nb.train import provenance
     origin = provenance()
