@@ -32,7 +32,7 @@ REPOSITORY = "https://github.com/fairmix-nb/fairmix_nb/blob/main/"
 def text_of(cell) -> str:
     "A text cell for the site: badges become words, links to files of the repository leave the site."
     text = re.sub(r"\[!\[([^\]]*)\]\([^)]*\)\]\(([^)]*)\)", r"[\1](\2)", book.source(cell))
-    text = text.replace("](../.github/CONTRIBUTING.md)", "](contributing.md)")
+    text = text.replace("](../.github/CONTRIBUTING.md)", "](contributing.md)").replace("](../docs/", "](")
     return re.sub(r"\]\(\.\./([^)]*)\)", rf"]({REPOSITORY}\1)", text)
 
 
