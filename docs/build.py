@@ -165,7 +165,8 @@ def stage(to: Path) -> None:
         (to / "modules" / f"{module}.md").write_text(page, encoding="utf-8")
     for name, page in dict(map=map_page(), errata=errata_page(), names=names_page(), bibliography=bibliography_page()).items():
         (to / f"{name}.md").write_text(page, encoding="utf-8")
-    shutil.copy(DOCS / "glossary.md", to)
+    glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    (to / "glossary.md").write_text(glossary.replace("](../nbs/", "]("), encoding="utf-8")
     shutil.copy(DOCS / "CHANGELOG.md", to / "changelog.md")
     shutil.copy(DOCS.parent / ".github" / "CONTRIBUTING.md", to / "contributing.md")
     shutil.copy(DOCS / "conf.py", to)

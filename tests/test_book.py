@@ -60,12 +60,11 @@ def test_every_figure_has_a_text_of_its_own():
 @pytest.mark.parametrize("path", EVERY + [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_links_lead_somewhere(path):
     text = texts(path) if path.suffix == ".ipynb" else path.read_text()
-    base = book.NBS if path.parent == ROOT / "docs" else path.parent
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:|mailto:", link):
             continue
         target, _, place = link.partition("#")
-        there = (base / target).resolve() if target else path
+        there = (path.parent / target).resolve() if target else path
         assert there.exists(), link
         if place and there.suffix == ".ipynb":
             slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for _, _, t in book.headings(there)}
