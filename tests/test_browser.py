@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def wait_for(url, process, seconds=90):
         assert process.poll() is None, f"the server ended with {process.returncode}"
         try:
             urllib.request.urlopen(url, timeout=2).read()
+            return
+        except urllib.error.HTTPError:  # it answers
             return
         except OSError:
             time.sleep(.3)
@@ -242,7 +245,7 @@ def test_the_explorer_moves_under_voila(page, place):
         process = subprocess.Popen([voila, "explore.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"], cwd=top / "nbs",
                                    env=env, stdout=log, stderr=log)
     try:
-        wait_for(f"http://127.0.0.1:{port}/", process)
+        wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js", process)
         page.goto(f"http://127.0.0.1:{port}/")
         sliders_change_label_and_picture(page, "body")
     finally:
