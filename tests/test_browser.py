@@ -154,6 +154,7 @@ OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.filter(
 
 def open_notebook(page, lab, name):
     page.goto(f"{lab}/lab/tree/{name}?reset")
+    page.wait_for_function("() => window.jupyterapp")
     page.evaluate(WAIT)
 
 
