@@ -105,7 +105,7 @@ def workplace(top) -> dict:
                 cell.update(outputs=[], execution_count=None)
         path.write_text(json.dumps(nb))
     notebook(top / "nbs" / "bars.ipynb", "from fairmix_nb.data import load\nfrom fairmix_nb.models import build\nfrom fairmix_nb.train import TrainCfg, fit",
-             "cfg = TrainCfg(('attack',), eps=.1, epochs=4, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
+             "cfg = TrainCfg(('attack',), eps=.1, epochs=12, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
              "endless = TrainCfg(('attack',), eps=.1, epochs=9999, batch=64)\nfit(build('small_cnn', 10, 1), load('digits'), endless)", "6 * 7")
     notebook(top / "nbs" / "explore.ipynb", "from fairmix_nb.synthetic import explore\nexplore()")
     settings = top / "settings" / "@jupyterlab"
@@ -152,6 +152,12 @@ OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.filter(
   source: w.model.sharedModel.getSource(), count: w.model.executionCount, outputs: w.model.outputs.toJSON()}))"""
 
 
+IDLE = """async () => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  for (let i = 0; i < 2000 && k.status !== 'idle'; i++) await new Promise(r => setTimeout(r, 100)); }"""
+
+DONE = "(i) => window.jupyterapp.shell.currentWidget.content.widgets[i].model.executionCount"
+
+
 def open_notebook(page, lab, name):
     page.goto(f"{lab}/lab/tree/{name}?reset")
     page.wait_for_function("() => window.jupyterapp")
@@ -165,8 +171,7 @@ def close_notebook(page):
 def run_all(page, seconds):
     page.evaluate("""(ms) => Promise.race([window.jupyterapp.commands.execute('notebook:run-all-cells'),
                      new Promise((_, no) => setTimeout(() => no('not finished'), ms))])""", seconds * 1000)
-    page.evaluate("""async () => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-                     for (let i = 0; i < 2000 && k.status !== 'idle'; i++) await new Promise(r => setTimeout(r, 100)); }""")
+    page.evaluate(IDLE)
 
 
 def wrong(cells):
@@ -216,17 +221,19 @@ def test_the_explorer_moves_in_jupyterlab(page, lab):
 def test_bars_finish_and_an_interrupted_training_leaves_the_kernel_usable(page, lab):
     open_notebook(page, lab, "bars.ipynb")
     run = "(i) => { const w = window.jupyterapp.shell.currentWidget.content; w.activeCellIndex = i; return window.jupyterapp.commands.execute('notebook:run-cell'); }"
-    for i in (0, 1):
-        page.evaluate(run, i)
-    bars = page.locator(".jp-OutputArea .widget-hprogress, .jp-OutputArea .progress-bar")
-    page.wait_for_selector(".jp-OutputArea .widget-hprogress", state="attached")
-    assert bars.count() and re.search(r"\b4/4\b", page.locator(".jp-Notebook").inner_text())
-    keep(page, "lab_bars")
-    page.evaluate(run.replace("return ", "void "), 2)
-    page.wait_for_timeout(4000)
+    begin, bar = run.replace("return ", "void "), page.locator(".jp-OutputArea .widget-hprogress, .jp-OutputArea .jupyter-widgets-progress")
+    page.evaluate(run, 0)
+    page.evaluate(begin, 1)
+    bar.first.wait_for(state="visible")
+    page.wait_for_function("() => /[1-9]\\d?\\/12/.test(document.querySelector('.jp-Notebook').innerText)")
+    keep(page, "lab_bar_moves")
+    page.wait_for_function(DONE, arg=1)
+    assert page.evaluate(OUTPUTS)[1]["outputs"][-1]["data"]["text/plain"] == "12" and not bar.count()  # it leaves when it is done
+    page.evaluate(begin, 2)
+    bar.first.wait_for(state="visible")
+    page.wait_for_timeout(2000)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
-    page.evaluate("""async () => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-                     for (let i = 0; i < 300 && k.status !== 'idle'; i++) await new Promise(r => setTimeout(r, 100)); }""")
+    page.wait_for_function(DONE, arg=2)
     page.evaluate(run, 3)
     cells = page.evaluate(OUTPUTS)
     stopped = [o for o in cells[2]["outputs"] if o["output_type"] == "error"]
