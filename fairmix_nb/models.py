@@ -11,7 +11,6 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'MODELS', 'Normalize', 'first_layer', 'Qua
 import copy
 
 import torch
-from torch import Tensor
 from torch import nn
 from torch.nn import functional as F
 
