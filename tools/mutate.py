@@ -165,8 +165,8 @@ def forked(sources: list, space: dict, limit: float) -> tuple:
     return "timeout", None
 
 
-def module_mutants(module: str, n: int) -> tuple:
-    "How many single changes there are, and the sampled ones with what became of them."
+def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
+    "How many single changes there are, and the sampled ones (or the survivors of `before`) with what became of them."
     path = book.modules()[module]
     cells = [(i, re.sub(r"^\s*[%!].*$", "pass", book.source(c), flags=re.M)) for i, c in enumerate(book.cells(path)) if runnable(c)]
     every = []
@@ -174,6 +174,10 @@ def module_mutants(module: str, n: int) -> tuple:
         if {"export", "exporti"} & book.directives(book.cells(path)[i]).keys():
             every += [m | dict(cell=i) for m in mutants(ast.parse(source))]
     sample, out, space, start = chosen(every, n), [], {"__name__": "__main__"}, time.time()
+    if before is not None:
+        name = lambda m: (m["function"], m["kind"], m["change"], m["line"])
+        again = {name(m) for m in before if m["result"] == "survived"}
+        sample, out = [m for m in every if name(m) in again], [m for m in before if name(m) not in again]
     os.chdir(book.NBS)
     _, took = forked(cells, dict(space), 600), time.time() - start
     assert _[0] == "survived", f"{path.name} fails unchanged in cell {_[1]}"
@@ -195,37 +199,47 @@ def explanation(m: dict) -> str:
     return known.get(f"{m['module']}.{m['function']}: {m['change']}", "")
 
 
+def tallied(found: list, sites: int) -> dict:
+    "Counts of one module; its survivors are explained, equivalent ones are left out of the score."
+    for m in found:
+        if m["result"] == "survived":
+            m["why"] = explanation(m)
+    alive = [m for m in found if m["result"] == "survived"]
+    same, killed = sum(m["why"].startswith("equivalent") for m in alive), len(found) - len(alive)
+    return dict(sites=sites, sampled=len(found), killed=killed, equivalent=same, score=round(killed / max(1, len(found) - same), 4))
+
+
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("modules", nargs="*", default=MODULES)
     ap.add_argument("--sample", type=int, default=40, help="mutants a module (default: 40)")
-    ap.add_argument("--record", type=Path, help="write the record there")
+    ap.add_argument("--again", action="store_true", help="only the survivors of the record, after the notebook has changed")
+    ap.add_argument("--explain", action="store_true", help="run nothing: only explain the survivors of the record anew")
+    ap.add_argument("--record", type=Path, help="write the record there, beside what it holds of other modules")
     args = ap.parse_args()
     os.environ.update(MPLBACKEND="agg", IN_TEST="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-    rows, tally, start = [], {}, time.time()
+    path, start = args.record and book.ROOT / args.record, time.time()
+    record = json.loads(path.read_text()) if path and path.exists() else dict(schema=1, kind="mutation", provenance={}, modules={}, mutants=[])
     from fairmix_nb.train import provenance
     origin = provenance()
+    record["provenance"] = origin
     for module in args.modules:
-        sites, found = module_mutants(module, args.sample)
+        before = [m for m in record["mutants"] if m["module"] == module]
+        told = record["modules"].get(module, {})
+        sites, found = (told.get("sites"), before) if args.explain else module_mutants(module, args.sample, before if args.again else None)
+        if not found:
+            continue
+        ran = told if args.explain else dict(seconds=round(time.time() - start), commit=origin["commit"])
+        record["modules"][module] = told = {**ran, **tallied(found, sites)}
+        record["mutants"] = [m for m in record["mutants"] if m["module"] != module] + found
+        print(module, told, flush=True)
         for m in found:
             if m["result"] == "survived":
-                m["why"] = explanation(m)
-        killed = sum(m["result"] != "survived" for m in found)
-        same = sum(m["result"] == "survived" and m["why"].startswith("equivalent") for m in found)
-        tally[module] = dict(sites=sites, sampled=len(found), killed=killed, equivalent=same, score=round(killed / (len(found) - same), 4))
-        rows += found
-        print(module, tally[module], flush=True)
-    for m in rows:
-        if m["result"] == "survived":
-            print(f"survived: {m['module']}.{m['function']}: {m['change']}  ({m['why'] or 'NOT EXPLAINED'})", flush=True)
-    if args.record:
-        old = json.loads((book.ROOT / args.record).read_text()) if (book.ROOT / args.record).exists() else dict(modules={}, mutants=[])
-        rows = [m for m in old["mutants"] if m["module"] not in tally] + rows
-        for t in tally.values():
-            t |= dict(seconds=round(time.time() - start), commit=origin["commit"])
-        record = dict(schema=1, kind="mutation", sample=args.sample, provenance=origin, modules=old["modules"] | tally, mutants=rows)
-        (book.ROOT / args.record).write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if all(t["score"] >= .95 for t in tally.values()) and all(m.get("why", "x") for m in rows) else 1
+                print(f"survived: {m['module']}.{m['function']}: {m['change']}  ({m['why'] or 'NOT EXPLAINED'})", flush=True)
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    chosen_rows = [m for m in record["mutants"] if m["module"] in args.modules]
+    return 0 if all(record["modules"][m]["score"] >= .95 for m in args.modules) and all(m.get("why", "x") for m in chosen_rows) else 1
 
 
 if __name__ == "__main__":
