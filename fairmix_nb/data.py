@@ -27,9 +27,9 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images `(n, c, h, w)` as uint8, labels `(n,)` as int64, and the names of the classes."
-    x: Tensor
-    y: Tensor
-    classes: tuple
+    x: Tensor # uint8 `(n, c, h, w)`, pixels 0..255
+    y: Tensor # int64 `(n,)`, 0..C-1
+    classes: tuple # C distinct names
 
     def __post_init__(self): _check_images(self.x, self.y, self.classes)
     def __len__(self): return len(self.y)
@@ -75,12 +75,12 @@ def _check_images(x, y, classes):
 @dataclass(frozen=True, eq=False)
 class Data:
     "Three disjoint parts of one data set, and how they were made."
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
-    name: str
-    seed: int
-    split: dict
+    train: ImageSet # what the weights see
+    val: ImageSet # what choices are made on
+    test: ImageSet # what reports are made on
+    name: str # 'digits', 'cifar10' or the folder's name
+    seed: int # of the split
+    split: dict # the rule and its sizes, as plain data
 
     def to(self, device) -> 'Data':
         parts = {p: getattr(self, p).to(device) for p in ('train', 'val', 'test')}

@@ -170,7 +170,7 @@ def class_risk(
     g: float = 1.,  # variance factor in (0, 1]: 1 plain data, lam^2 + (1 - lam)^2 mixed data
     eps: float = 0.,  # radius of the adversary's box, >= 0; 0 gives natural risks
 ) -> np.ndarray:  # `(..., 2)` risks in the order (+1, -1)
-    "Class-wise 0/1 risk, natural or adversarial, of sign(sum(x) + t) - eqs. (1), (3), Definition 1"
+    "Class-wise 0/1 risk, attacked or not, of sign(sum x + t) - eqs. (1), (3), (25)-(27), (31)-(35)"
     return ndtr(-z_scores(t, p, g, eps))
 
 
@@ -207,7 +207,7 @@ def overall_risk(
 def gap(
     risks: np.ndarray,  # `(..., 2)` in the order (+1, -1)
 ) -> np.ndarray:  # `(...)`, a number for one pair of risks
-    "Class-wise discrepancy |risk(+1) - risk(-1)| - the Delta of section II"
+    "Discrepancy |risk(+1) - risk(-1)| of the two classes - section II, eqs. (16), (17), (22), (23)"
     risks = _check_risks(risks)
     return np.abs(risks[..., 0] - risks[..., 1])
 

@@ -11,7 +11,6 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'MODELS', 'Normalize', 'first_layer', 'Qua
 import copy
 
 import torch
-from torch import Tensor
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,7 +70,7 @@ def small_cnn(
     width: int = 32, # of the first convolution
     *,
     mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None,
+    std: tuple | None = None, # with `mean`
 ) -> nn.Sequential:
     "Three 3x3 convolutions, the mean of each quarter of the image, one linear layer."
     def conv(a, b, stride): return [nn.Conv2d(a, b, 3, stride, padding=1), nn.ReLU()]
@@ -80,27 +79,45 @@ def small_cnn(
         *conv(2 * width, 4 * width, 2), Quarters(), nn.Flatten(), nn.Linear(16 * width, n_cls)))
 
 # %% ../nbs/10_models.ipynb #c5f0e998
-def conv_bn(a, b, size=3, stride=1):
+def conv_bn(
+    a: int, # channels in
+    b: int, # channels out
+    size: int = 3, # of the filters, odd
+    stride: int = 1, # 2 halves the side
+) -> list: # the two layers
     "Convolution without bias, then BatchNorm: the pair that can be folded."
     return [nn.Conv2d(a, b, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(b)]
 
 class Subsample(nn.Module):
     "Every second pixel, and zeros for the new channels: a free shortcut (He et al.'s A)."
-    def __init__(self, a, b, stride):
+    def __init__(self,
+        a: int, # channels in
+        b: int, # channels out, at least `a`
+        stride: int, # 2: every second pixel
+    ):
         super().__init__()
         self.extra, self.stride = b - a, stride
 
     def forward(self, x):
         return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.extra))
 
-def projection(a, b, stride):
+def projection(
+    a: int, # channels in
+    b: int, # channels out
+    stride: int, # 2 halves the side
+) -> nn.Sequential:
     "A 1x1 convolution and BatchNorm as the shortcut (He et al.'s B)."
     return nn.Sequential(*conv_bn(a, b, 1, stride))
 
 # %% ../nbs/10_models.ipynb #e9dee453
 class Block(nn.Module):
     "relu(F(x) + shortcut(x)) with F two 3x3 convolutions: a basic block of He et al. 2016."
-    def __init__(self, a, b, stride, shortcut):
+    def __init__(self,
+        a: int, # channels in
+        b: int, # channels out
+        stride: int, # 2 halves the side
+        shortcut, # `Subsample` or `projection`, used where the shape changes
+    ):
         super().__init__()
         self.path = nn.Sequential(*conv_bn(a, b, 3, stride), nn.ReLU(), *conv_bn(b, b))
         self.shortcut = nn.Identity() if a == b and stride == 1 else shortcut(a, b, stride)
@@ -115,7 +132,7 @@ def resnet(
     n_cls: int, # classes
     in_ch: int, # channels of the images
     mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None,
+    std: tuple | None = None, # with `mean`
 ) -> nn.Sequential:
     "A residual network for small images; every stage but the first halves the side."
     stem = [*first_layer(in_ch, mean, std), *conv_bn(in_ch, widths[0]), nn.ReLU()]
@@ -133,7 +150,7 @@ def resnet20(
     in_ch: int = 3, # channels of the images
     *,
     mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None,
+    std: tuple | None = None, # with `mean`
 ) -> nn.Sequential:
     "He et al. 2016, section 4.2, n = 3: 269,722 parameters for 10 classes of RGB images."
     return resnet((16, 32, 64), 3, Subsample, n_cls, in_ch, mean, std)
@@ -143,14 +160,14 @@ def resnet18(
     in_ch: int = 3, # channels of the images
     *,
     mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None,
+    std: tuple | None = None, # with `mean`
 ) -> nn.Sequential:
     "ResNet-18 for 32 x 32 images, with a 3x3 stem and no max pool: 11,173,962 parameters."
     return resnet((64, 128, 256, 512), 2, projection, n_cls, in_ch, mean, std)
 
 # %% ../nbs/10_models.ipynb #0b4fe61c
 def n_params(
-    model: nn.Module,
+    model: nn.Module, # any
 ) -> int:
     "Number of parameters; buffers such as running statistics are not counted."
     return sum(p.numel() for p in model.parameters())

@@ -111,8 +111,8 @@ def exact_interval(
     k, n, level = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (k, n, level)))
     if not ((level > 0) & (level < 1)).all():
         raise ValueError(f"level must lie in (0, 1), got {level.min():g} to {level.max():g}")
-    if not ((k >= 0) & (k <= n)).all():
-        raise ValueError(f"k must lie in [0, n], got k = {k} with n = {n}")
+    if not ((k >= 0) & (k <= n) & np.isfinite(n)).all():
+        raise ValueError(f"k must lie in [0, n] with n finite, got k = {k} with n = {n}")
     tail = (1 - level)/2
     lo = np.where(k > 0, beta.ppf(tail, np.where(k > 0, k, 1), n - k + 1), 0.)
     hi = np.where(k < n, beta.isf(tail, k + 1, np.where(k < n, n - k, 1)), 1.)

@@ -39,7 +39,7 @@ def threshold(
     g: float = 1.,  # variance factor of the data the line is fitted to, in (0, 1]
     eps: float = 0.,  # radius the line is trained against, >= 0
 ) -> np.ndarray:  # t = b/w of the optimal line; +inf: always +1, -inf: always -1
-    "Global minimiser of the overall risk among lines - Thms 3, 4, eqs. (28), (29), (36)"
+    "The line of least overall risk - Thms 3, 4, eqs. (2), (4), (12), (13), (19), (28), (29), (36)"
     g, eps = _reals(g=g, eps=eps)
     _check_g_eps(g, eps)
     _broadcast(g=g, eps=eps, p=np.empty(p.shape))

@@ -109,10 +109,8 @@ def test_readme_tells_the_errata_of_the_chapter():
     assert table("index.ipynb") == table("04_remarks.ipynb")
 
 
-def test_every_numbered_equation_of_the_paper_has_its_place():
-    tags = set()
-    for path in NOTEBOOKS[1:6]:  # the theory chapters
-        for cell in cells(path, "markdown"):
-            for tag in re.findall(r"\\tag\{([^}]*)\}", source(cell)): tags |= {t.strip() for t in tag.split(",")}
-    missing = [n for n in range(1, 39) if str(n) not in tags]
-    assert not missing and "Def. 1" in tags, missing
+def test_the_version_is_told_once():
+    version = re.search(r"^version = (\S+)$", (ROOT / "settings.ini").read_text(), re.M)[1]
+    assert (ROOT / "fairmix_nb" / "__init__.py").read_text() == f'__version__ = "{version}"\n'  # written by nbdev_export
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "docs" / "CHANGELOG.md").read_text()
