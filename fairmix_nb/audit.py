@@ -494,7 +494,7 @@ def columns(rows, gap='  '):
              for r in rows]
     return '\n'.join(line.rstrip() for line in lines)
 
-# %% ../nbs/12_audit.ipynb #0f872d73
+# %% ../nbs/12_audit.ipynb #08f88873
 def heading(r):
     "What was audited, and how."
     c, eps = r.record['config'], r.record['config']['eps']
@@ -517,8 +517,7 @@ def class_rows(r, raw=False):
         low, high = worst_interval(k, n)
         return [attack, *body, f'{short(worst_class(p))} {short(low, 2)}-{short(high, 2)}',
                 r.classes[int(np.nanargmax(p))][:12]]
-    kind = 'raw risk' if raw else 'worst-case risk'
-    names = [kind, *(c[:12] for c in r.classes), 'worst class', 'its name']
+    names = [f"{'raw' if raw else 'worst-case'} risk, 95 %", *(c[:12] for c in r.classes), 'worst class', 'its name']
     return list(zip(names, *(column(a) for a in r.attacks)))
 
 
@@ -1013,13 +1012,13 @@ def compare_reports(
     return PairedReports(rows, boot(worst_class), worst_difference(fa, fb, y, len(names)),
                          boot(lambda r: np.nanmean(r, -1)), len(a))
 
-# %% ../nbs/12_audit.ipynb #5ec772cd
+# %% ../nbs/12_audit.ipynb #af951da3
 def load_model(
     path: str | Path,  # a checkpoint of `fit` (last.pt or its folder), or a state dict
     n_cls: int,  # classes of the data
     in_ch: int,  # channels of the data
     name: str | None = None,  # of `MODELS`; None: whichever fits
-) -> tuple:  # module, the checkpoint's content ({} of a bare state dict)
+) -> tuple:  # module in evaluation mode, the checkpoint's content ({} of a bare state dict)
     "The network of a checkpoint, read as plain tensors (`weights_only`)"
     path = checkpoint_file(path)
     found = read_state(path)
@@ -1030,7 +1029,7 @@ def load_model(
         net = build(candidate, n_cls, in_ch)
         try: net.load_state_dict(state)
         except RuntimeError: continue
-        return net, found if 'model' in found else {}
+        return net.eval(), found if 'model' in found else {}
     raise ValueError(f"{path} must fit {name or 'one of ' + ', '.join(MODELS)} with {in_ch} "
                      f"channels and {n_cls} classes, got tensors {', '.join(list(state)[:3])} ...")
 
