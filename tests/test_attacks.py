@@ -336,3 +336,20 @@ def test_cuda(norm):
     assert z.device == x.device and 0 <= z.min() and z.max() <= 1
     with pytest.raises(ValueError, match='generator must live on cuda'):
         pgd(net, x, y, .1, norm=norm, generator=gen())
+
+
+def test_restarts_are_for_samples_that_still_stand():
+    net, x, y = make(64)
+    asked = []
+
+    def counted(z):
+        asked.append(len(z) * z.requires_grad)
+        return net(z)
+
+    broken = lambda z: net(z).argmax(1) != y
+    one = broken(attack_by_name('pgd-10')(net, x, y, .1, generator=gen()))
+    all_starts = pgd(net, x, y, .1, 10, restarts=6, generator=gen())
+    found = attack_by_name('pgd-10x6')(counted, x, y, .1, generator=gen())
+    assert not (one & ~broken(found)).any() and 0 < one.sum() < 64
+    assert broken(found).sum() >= broken(all_starts).sum() - 1
+    assert sum(asked) <= 10 * (64 + 5 * (~one).sum())
