@@ -345,7 +345,19 @@ def read_record(path):
     )
     if found != (SCHEMA, "comparison"):
         raise ValueError(f"{path} must be a comparison of schema {SCHEMA}, got {found}")
+    for name, kind in dict(config=dict, data=dict, classes=list, runs=list).items():
+        if not isinstance(record.get(name), kind):
+            raise ValueError(f"{path} is damaged: {name} must be a {kind.__name__}")
     return record
+
+
+@contextlib.contextmanager
+def reading(path):
+    "Whatever a damaged record makes the tables raise becomes a sentence about `path`."
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as e:
+        raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from e
 
 # %% ../nbs/13_compare.ipynb #3f483167
 @dataclass(frozen=True)
@@ -679,12 +691,13 @@ def run_audit(args):
 
 def run_show(args):
     "A finished comparison or audit, and its folder."
-    if (args.folder / "audit.json").exists():
-        return load_report(args.folder), args.folder
-    found = show(args.folder)
-    if args.folder.is_dir():
-        save_comparison(found, args.folder)
-    return found, args.folder
+    audited = (args.folder / "audit.json").exists()
+    found = load_report(args.folder) if audited else show(args.folder)
+    with reading(args.folder):
+        text = str(found)
+        if args.folder.is_dir() and not audited:
+            save_comparison(found, args.folder)
+    return text, args.folder
 
 
 def main(argv: list | None = None) -> int:
