@@ -753,6 +753,15 @@ def step_loss(state, job, idx):
     return loss, spent
 
 
+def epoch_steps(state, job):
+    "An epoch's index tensors, each with the factor of its loss."
+    order, ranks = state.streams["order"], job.ranks
+    if not ranks:
+        return [(idx, 1.0) for idx in batches(len(job.images), job.cfg.batch, order)]
+    seed_ranks(ranks, state.streams, job.cfg.seed, state.epoch)
+    return ranks.batches(job.cfg.batch, order)
+
+
 def run_epoch(state, job):
     "One pass over the images; the losses `(steps,)`, on the device."
     cast = dict(dtype=torch.bfloat16, enabled=job.precision == "bf16", cache_enabled=False)
@@ -1030,15 +1039,6 @@ def share_run(ranks, state, job, whole, keep):
     state.net = DistributedDataParallel(state.model)
     keep.fixed["ranks"] = keep.origin["ranks"] = ranks.describe()
     return replace(job, ranks=ranks, loss=make_loss(job.images, job.cfg, whole.counts()))
-
-
-def epoch_steps(state, job):
-    "An epoch's index tensors, each with the factor of its loss."
-    order, ranks = state.streams["order"], job.ranks
-    if not ranks:
-        return [(idx, 1.0) for idx in batches(len(job.images), job.cfg.batch, order)]
-    seed_ranks(ranks, state.streams, job.cfg.seed, state.epoch)
-    return ranks.batches(job.cfg.batch, order)
 
 
 def share_of(factor, job, idx):
