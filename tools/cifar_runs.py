@@ -78,7 +78,7 @@ ATTACKS = dict(
 CPU = ("clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t")
 FORMS = dict(
     cpu=dict(epochs=5, audited=500, attacks=CPU),
-    gpu=dict(epochs=80, audited=1000, attacks=(*CPU, "square")),
+    gpu=dict(epochs=80, audited=1000, attacks=CPU),
 )
 
 
@@ -257,7 +257,8 @@ def attacked(net, x, y, eps, name, box, generator):
         steps, _, restarts = name[4:].partition("x")
         more = dict(restarts=int(restarts or 1), generator=generator)
         return attacks.pgd(net, x, y, eps, int(steps), **more, **common)
-    raise NotImplementedError(name)
+    targets = {"apgd-ce": 0, "apgd-t": 9}[name]
+    return attacks.apgd(net, x, y, eps, 100, targets=targets, generator=generator, **common)
 
 
 @torch.no_grad()
