@@ -9,11 +9,12 @@
 A run leaves its checkpoint in runs/cifar10/NAME (not tracked; an interrupted run goes on from its
 last epoch) and, when it has been trained and audited, one small record in
 nbs/results/cifar10/NAME.json: configuration, seed, versions, hardware, seconds, a value per epoch,
-per attack the errors of each class and which images they are. `--as-it-is` audits what an
-unfinished run has reached, and says so in its record; the run is still missing to the next call.
+per attack the errors of each class and which images they are. `--until` and `--as-it-is` audit
+an unfinished run, which its record says; a later call goes on with it.
 `--data` names a folder with train/ and test/ of class folders, or 'cifar10' (torchvision).
 """
 import argparse
+import contextlib
 import inspect
 import json
 import tempfile
@@ -212,6 +213,10 @@ def weights_of(run, data, args):
     return tuple((w / w.mean()).tolist())
 
 
+class Stopped(Exception):
+    "The epoch that `--until` names is done and its checkpoint written."
+
+
 def train(run, data, folder, args):
     "Train, or go on from the last checkpoint: model, configuration and the trainer's record."
     cfg = TrainCfg(**run.cfg, class_weights=weights_of(run, data, args))
@@ -226,16 +231,19 @@ def train(run, data, folder, args):
         spent = time.perf_counter() - start
         now = time.strftime("%H:%M:%S")
         print(f"{now} {run.name} epoch {row['epoch']} {found} ({spent:.0f} s)", flush=True)
+        if row["epoch"] == args.until:
+            raise Stopped
 
-    if (folder / "last.pt").exists():
-        found = load_checkpoint(folder)
-        model.load_state_dict(found["model"])
-        if not rows.exists() or str(found["epoch"]) not in json.loads(rows.read_text()):
-            on_epoch(dict(epoch=found["epoch"]))  # stopped between the checkpoint and its row
-        if found["epoch"] < cfg.epochs and not args.as_it_is:
-            resume(folder, model, data, on_epoch=on_epoch, **kw)
-    else:
-        fit(model, data, cfg, out=folder, on_epoch=on_epoch, **kw)
+    with contextlib.suppress(Stopped):
+        if (folder / "last.pt").exists():
+            found = load_checkpoint(folder)
+            model.load_state_dict(found["model"])
+            if not rows.exists() or str(found["epoch"]) not in json.loads(rows.read_text()):
+                on_epoch(dict(epoch=found["epoch"]))  # stopped between the checkpoint and its row
+            if found["epoch"] < (args.until or cfg.epochs) and not args.as_it_is:
+                resume(folder, model, data, on_epoch=on_epoch, **kw)
+        else:
+            fit(model, data, cfg, out=folder, on_epoch=on_epoch, **kw)
     return model, cfg, json.loads((folder / "record.json").read_text())
 
 
@@ -361,9 +369,12 @@ def do_run(run, data, args):
 
 
 def missing(run, args):
-    "No record, or one of an unfinished run."
+    "No record, or one of an unfinished run that is to go on."
     path = args.records / f"{run.name}.json"
-    return not path.exists() or not json.loads(path.read_text())["finished"]
+    if not path.exists():
+        return True
+    r = json.loads(path.read_text())
+    return not r["finished"] and r["epochs_done"] < (args.until or r["cfg"]["epochs"])
 
 
 # The price: seconds per gradient evaluation, measured by the records of the device, or assumed.
@@ -401,7 +412,7 @@ def rehearsal(args):
     global WATCHED
     WATCHED = 20
     for form in FORMS.values():
-        form |= dict(epochs=1, audited=20)
+        form |= dict(epochs=2, audited=20)
     known = inspect.signature(TrainCfg).parameters
     data = load(args.data, 0, per_class=60, progress=False)
     data = replace(data, val=spread_subset(data.val, 40))
@@ -413,7 +424,13 @@ def rehearsal(args):
             if unknown:
                 print(f"{run.name}: this trainer knows no {', '.join(unknown)}")
                 continue
+            args.until = 1
             do_run(run, data, args)
+            if run.block == 1:  # an interrupted run goes on
+                args.until = None
+                assert missing(run, args)
+                do_run(run, data, args)
+                assert not missing(run, args)
         price_list([r for r in GRID if r.form == args.form], args, 600)
 
 
@@ -428,6 +445,7 @@ def arguments(words=None):
     p.add_argument("--records", type=Path, default=ROOT / "nbs" / "results" / "cifar10")
     p.add_argument("--list", action="store_true", help="the grid and its price; runs nothing")
     p.add_argument("--rehearse", action="store_true", help="every code path, tiny, kept nowhere")
+    p.add_argument("--until", type=int, help="stop every run after this epoch, to go on later")
     p.add_argument("--as-it-is", action="store_true", help="audit unfinished runs, train nothing")
     return p.parse_args(words)
 
