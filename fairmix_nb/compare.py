@@ -68,7 +68,8 @@ def preset(
     if data != "digits":
         return "resnet20", TrainCfg(epochs=80 if epochs is None else epochs)
     digits = TrainCfg(eps=0.1, epochs=30 if epochs is None else epochs, batch=64, lr=3e-3)
-    return "small_cnn", replace(digits, drop_every=max(1, round(0.62 * digits.epochs)))
+    drop = ("step", max(1, round(0.62 * digits.epochs)), 0.1)
+    return "small_cnn", replace(digits, schedule=drop)
 
 # %% ../nbs/13_compare.ipynb #b54013a7
 def attack_test_part(model, data, cfg, attacks, device, progress):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SOURCES', 'AUGMENT', 'ImageSet', 'Data', 'rank_in_class', 'n_val', 'split_index', 'make_data',
-           'progress_bar', 'write_aside', 'list_images', 'decode', 'cache_folder', 'load_folder', 'lookup', 'load',
-           'batches', 'random_crop', 'random_flip', 'augment']
+           'progress_bar', 'sync_folder', 'write_aside', 'list_images', 'decode', 'cache_folder', 'load_folder',
+           'lookup', 'load', 'batches', 'random_crop', 'random_flip', 'augment']
 
 # %% ../nbs/09_data.ipynb #08333550
 import difflib
@@ -199,6 +199,15 @@ def progress_bar(
     return tqdm(iterable, disable=off, **kw)
 
 # %% ../nbs/09_data.ipynb #f6e1342b
+def sync_folder(
+    folder: str | Path, # whose entries were renamed
+):
+    "Flush a folder's entries to the disk: a rename is safe from a power cut only after it."
+    if os.name != 'posix': return  # elsewhere a folder cannot be opened
+    at = os.open(folder, os.O_RDONLY)
+    try: os.fsync(at)
+    finally: os.close(at)
+
 def write_aside(
     path: str | Path, # the file to make or replace
     write, # bytes, str, or a function that writes to the binary file it is given
@@ -213,6 +222,7 @@ def write_aside(
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
+        sync_folder(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
