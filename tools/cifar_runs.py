@@ -15,7 +15,6 @@ an unfinished run, which its record says; a later call goes on with it.
 """
 import argparse
 import contextlib
-import inspect
 import json
 import tempfile
 import time
@@ -386,7 +385,7 @@ def gradients(run):
     cfg = run.cfg
     attack = {"fgsm": 1, "nfgsm": 1, "pgd": cfg.get("steps", 7), "noise": 0}[cfg["attack"]]
     sets = 2 if cfg.get("partner") == "set" and cfg["pipeline"] == ("attack", "mix") else 1
-    return 1 + ("attack" in cfg["pipeline"]) * (sets * attack + 3 * ("grad_align" in cfg))
+    return 1 + ("attack" in cfg["pipeline"]) * (sets * attack + 4 * ("grad_align" in cfg))
 
 
 def price_list(runs, args, n=49_000):
@@ -398,7 +397,7 @@ def price_list(runs, args, n=49_000):
     rate = sum(rates) / len(rates) if rates else ASSUMED[device]
     total = 0
     for run in runs:
-        size = n if run.ratio == 1 else 19_150  # what a ratio of 10 leaves of 49,000
+        size = n if run.ratio == 1 else round(0.4085 * n)  # what a ratio of 10 leaves
         seconds = size * run.cfg["epochs"] * gradients(run) * rate
         total += seconds * missing(run, args)
         state = "to do" if missing(run, args) else "done"
@@ -413,20 +412,19 @@ def rehearsal(args):
     WATCHED = 20
     for form in FORMS.values():
         form |= dict(epochs=2, audited=20)
-    known = inspect.signature(TrainCfg).parameters
-    data = load(args.data, 0, per_class=60, progress=False)
+    data, met = load(args.data, 0, per_class=50, progress=False), set()
     data = replace(data, val=spread_subset(data.val, 40))
     with tempfile.TemporaryDirectory() as folder:
         args.runs, args.records = Path(folder) / "runs", Path(folder) / "records"
         args.records.mkdir()
-        for run in (r for r in GRID if r.seed == 0 and r.form == args.form):
-            unknown = set(run.cfg) - set(known)
-            if unknown:
-                print(f"{run.name}: this trainer knows no {', '.join(unknown)}")
+        for run in (r for r in GRID if r.form == args.form):
+            recipe = (run.method, run.attack, run.lam, run.weights, run.ratio, str(run.more))
+            if {recipe, run.radius} <= met:
                 continue
+            met |= {recipe, run.radius}
             args.until = 1
             do_run(run, data, args)
-            if run.block == 1:  # an interrupted run goes on
+            if len(met) == 2:  # an interrupted run goes on
                 args.until = None
                 assert missing(run, args)
                 do_run(run, data, args)

@@ -92,7 +92,7 @@ def one(model, name, how, data, falling, seed, epochs):
     weights = tuple((n.mean() / n).tolist()) if how.get("weights") else None
     lr = 3e-2 if model == "linear" else 3e-3
     cfg = TrainCfg(eps=EPS, epochs=epochs, batch=64, lr=lr, seed=seed, class_weights=weights,
-                   drop_every=max(1, round(0.62 * epochs)), **how["cfg"])  # fmt: skip
+                   schedule=("step", max(1, round(0.62 * epochs)), 0.1), **how["cfg"])
     net = network(model, how.get("tau", 0.0), n / n.sum(), seed)
     done = fit(net, data, cfg, device="cpu", watched=1, progress=False)
     net = done.model.net.eval()
@@ -102,11 +102,11 @@ def one(model, name, how, data, falling, seed, epochs):
         said = torch.bincount(net(images.floats()).argmax(1), minlength=10).tolist()
     per_class = lambda w: torch.bincount(images.y[w], minlength=10).tolist()
     attacks = {k: dict(n=images.counts(), wrong=per_class(w), flags=pack_flags(w.numpy()))
-               for k, w in wrong.items()}  # fmt: skip
+               for k, w in wrong.items()}
     return dict(model=model, method=name, family=how["family"], tau=how.get("tau", 0.0), seed=seed,
                 falling=falling, train=n.int().tolist(), predicted=said,
                 seconds=round(done.record["seconds"], 2), cfg=asdict(cfg), attacks=attacks,
-                gradient_evaluations=done.record["gradient_evaluations"])  # fmt: skip
+                gradient_evaluations=done.record["gradient_evaluations"])
 
 
 def lean(runs):
@@ -139,7 +139,7 @@ def main(words=None):
     record = dict(schema=1, kind="digits imbalanced", ratio=RATIO, eps=EPS, epochs=args.epochs,
                   cfg=shared, classes=list(whole.test.classes), data=whole.describe(),
                   provenance=origin, device="cpu", runs=runs,
-                  seconds=round(sum(r["seconds"] for r in runs), 1))  # fmt: skip
+                  seconds=round(sum(r["seconds"] for r in runs), 1))
     assert all(math.isfinite(r["seconds"]) for r in runs)
     write_aside(args.out, json.dumps(record))
 
