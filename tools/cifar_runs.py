@@ -15,6 +15,7 @@ an unfinished run, which its record says; a later call goes on with it.
 """
 import argparse
 import contextlib
+import importlib.util
 import json
 import tempfile
 import time
@@ -78,7 +79,7 @@ ATTACKS = dict(
 CPU = ("clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t")
 FORMS = dict(
     cpu=dict(epochs=5, audited=500, attacks=CPU),
-    gpu=dict(epochs=80, audited=1000, attacks=CPU),
+    gpu=dict(epochs=80, audited=1000, attacks=(*CPU, "fab-t+square")),
 )
 
 
@@ -264,6 +265,13 @@ def attacked(net, x, y, eps, name, box, generator):
         steps, _, restarts = name[4:].partition("x")
         more = dict(restarts=int(restarts or 1), generator=generator)
         return attacks.pgd(net, x, y, eps, int(steps), **more, **common)
+    if name == "fab-t+square":  # the rest of AutoAttack's standard version
+        from pyautoattack import AutoAttack
+
+        judge = AutoAttack(net, eps=float(eps), norm="Linf", seed=0, version="custom",
+                           attacks=["fab-t", "square"], device=x.device)
+        with torch.enable_grad():
+            return judge.run_standard_evaluation(x, y, batch_size=len(x))[0]
     targets = {"apgd-ce": 0, "apgd-t": 9}[name]
     return attacks.apgd(net, x, y, eps, 100, targets=targets, generator=generator, **common)
 
@@ -344,6 +352,13 @@ def pairs(model, images, cfg):
                 confusion=confusion)
 
 
+def attacks_for(run):
+    "The form's attacks; FAB-T and Square need pyautoattack, one radius and the valid range."
+    names = FORMS[run.form]["attacks"]
+    able = run.radius == "8" and importlib.util.find_spec("pyautoattack")
+    return [n for n in names if able or n != "fab-t+square"]
+
+
 def do_run(run, data, args):
     "One run from nothing, or from where it stopped, to its record."
     folder, data = args.runs / run.name, thinned(data, run.ratio) if run.ratio > 1 else data
@@ -360,7 +375,7 @@ def do_run(run, data, args):
         method=run.method, radius=run.radius, seed=run.seed, model="resnet20",
         **{k: found[k] for k in kept},
         watched=WATCHED, curves=columns(found["curves"], rows),
-        test=images.digest(), attacks=audit(model, images, cfg, form["attacks"]),
+        test=images.digest(), attacks=audit(model, images, cfg, attacks_for(run)),
         probes=probes(model, images, cfg), pairs=pairs(model, data.val.to(args.device), cfg),
         audit=dict(provenance=args.origin, seconds=round(time.perf_counter() - start, 1)),
     )
