@@ -28,12 +28,15 @@ def cross_entropy(
     "The attacked loss: cross-entropy of each sample, not averaged"
     return F.cross_entropy(logits, y, reduction='none')
 
+def _enough_logits(logits, n_cls):
+    if n_cls > logits.shape[-1]:
+        raise ValueError(f"y must hold classes below {logits.shape[-1]}, the number of logits, "
+                         f"got {n_cls - 1}")
+
 def _objective(loss, y, targeted, n_cls):
     "What an attack raises, as a function of the logits: the loss, or minus the loss of the target"
     def value(logits):
-        if n_cls > logits.shape[-1]:
-            raise ValueError(f"y must hold classes below {logits.shape[-1]}, the number of logits, "
-                             f"got {n_cls - 1}")
+        _enough_logits(logits, n_cls)
         v = loss(logits, y)
         if v.shape != (len(y),):
             raise ValueError(f"loss must return one value per sample, shape ({len(y)},), "
@@ -363,11 +366,12 @@ def apgd(
     "Auto-PGD: momentum, and a step that is halved where it stalls - Croce & Hein 2020, Alg. 1"
     _check_apgd(x, y, norm, steps, restarts, targets, rho, loss, generator)
     n_cls, x, logits = _check(x, y, eps, norm, box) if check else 0, x.detach(), model(x)
+    _enough_logits(logits, n_cls)
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
     each = eps.view(*[1] * (x.ndim - eps.ndim), *eps.shape).expand(len(x), *[-1] * (x.ndim - 1))
     rival = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
     def value(logits, s): return dlr_targeted(logits, s.y, s.goal) if targets else loss(logits, s.y)
-    top = _objective(lambda l, y: value(l, _Rows(y=y, goal=rival[:, 0])), y, False, n_cls)(logits)
+    top = _objective(lambda l, y: value(l, _Rows(y=y, goal=rival[:, 0])), y, False, 0)(logits)
     end, todo = x.clone(), (logits.argmax(1) == y).nonzero()[:, 0]
     runs = [goal for _ in range(restarts) for goal in rival.T[:targets or 1]]
     for goal, z in zip(runs, _starts(x, eps, norm, box, True, len(runs), generator)):
@@ -415,7 +419,9 @@ def _untouched(model, device):
             random.setstate(state)
 
 def _check_autoattack(x, y, eps, box):
-    if x.ndim != 4: raise ValueError(f"x must be images (n, c, h, w), got {tuple(x.shape)}")
+    if x.ndim != 4 or x.dtype != torch.float32:
+        raise ValueError("x must be (n, c, h, w) torch.float32 for AutoAttack, got "
+                         f"{tuple(x.shape)} {x.dtype}")
     if y.ndim != 1: raise ValueError(f"y must be (n,) long, got {tuple(y.shape)} {y.dtype}")
     if torch.as_tensor(eps).numel() != 1:
         raise ValueError("eps must be one number for AutoAttack, got shape "

@@ -5,7 +5,8 @@ import torch
 from scipy import optimize, stats
 from torch import nn
 
-from fairmix_nb.attacks import NORMS, fgsm, in_pixels, pgd
+from fairmix_nb.attacks import (NORMS, apgd, attack_by_name, autoattack, cross_entropy, dlr,
+                                dlr_targeted, fgsm, in_pixels, pgd)
 
 
 def gen(seed=0):
@@ -129,6 +130,200 @@ def test_refused(text, change):
         pgd(**args)
 
 
+def climb(net, x, y, eps=.1, steps=20, **kw):
+    return apgd(net, x, y, eps, steps, **{'generator': gen(), **kw})
+
+
+def wrong(net, x, y):
+    with torch.no_grad(): return net(x).argmax(1) != y
+
+
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('kw', [{}, dict(loss=dlr, restarts=2), dict(targets=3)])
+def test_apgd_small_promises(norm, kw):
+    net, x, y = make()
+    with torch.no_grad(): y = net(x).argmax(1)
+    y[0] = (y[0] + 1) % 5   # one that is misread from the start
+    kept, state = x.clone(), torch.get_rng_state()
+    z = climb(net, x, y, norm=norm, **kw)
+    assert torch.equal(x, kept) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(z[0], x[0]) and not z.requires_grad and 0 <= z.min() and z.max() <= 1
+    assert torch.equal(z, climb(net, x, y, norm=norm, check=False, **kw))
+    size = (z - x).flatten(1).norm(p=float('inf') if norm == 'linf' else 2, dim=1)
+    assert size.max() < .1 + 1e-6
+    assert torch.equal(climb(net, x, y, 0., norm=norm, **kw), x)
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    each = torch.full((len(x), 1, 1, 1), .1)
+    torch.testing.assert_close(z, climb(net, x, y, each, norm=norm, **kw))
+    value = kw.get('loss', cross_entropy)
+    stands = ~wrong(net, z, y)
+    if not kw.get('targets'): assert (value(net(z), y) >= value(net(x), y))[stands].all()
+    wide, x, y = make(dtype=torch.float64)
+    assert climb(wide, x, y, norm=norm, **kw).dtype == torch.float64
+
+
+def test_apgd_radius_of_each_sample_and_channel():
+    net, x, y = make(40)
+    with torch.no_grad(): y = net(x).argmax(1)
+    eps = torch.linspace(0, .2, 40).view(-1, 1, 1, 1)
+    z = climb(net, x, y, eps)
+    assert ((z - x).abs().amax((1, 2, 3)) <= eps.flatten() + 1e-6).all()
+    assert torch.equal(z[0], x[0]) and wrong(net, z, y).any()
+    moved = (climb(net, x, y, torch.tensor([.1, 0, .05]).view(1, 3, 1, 1)) - x).abs()
+    assert moved[:, 1].max() == 0 and moved[:, 0].max() > .09 and moved[:, 2].max() < .05 + 1e-6
+
+
+@pytest.mark.parametrize('kw, runs', [({}, 1), (dict(restarts=3), 3), (dict(targets=2), 2),
+                                      (dict(targets=99, restarts=2), 8)])
+def test_apgd_never_asks_for_more_gradients_than_it_says(kw, runs):
+    net, x, y = make()
+    with torch.no_grad(): y = net(x).argmax(1)
+    asked = []
+
+    def counted(z):
+        if z.requires_grad: asked.append(len(z))
+        return net(z)
+
+    climb(counted, x, y, 1e-4, 7, **kw)   # too small a radius to break anything
+    assert sum(asked) == 7 * runs * len(x)
+    asked.clear()
+    z = climb(counted, x, y, .3, 7, **kw)
+    assert wrong(net, z, y).any() and sum(asked) < 7 * runs * len(x)
+
+
+def test_more_restarts_never_lose_a_sample():
+    net, x, y = make(60)
+    with torch.no_grad(): y = net(x).argmax(1)
+    found = [wrong(net, climb(net, x, y, .03, 5, restarts=r), y) for r in (1, 2, 4)]
+    assert all((b >= a).all() for a, b in zip(found, found[1:]))
+
+
+def test_dlr_where_logits_tie():
+    z = torch.zeros(2, 5, requires_grad=True)
+    y = torch.tensor([0, 1])
+    for v in (dlr(z, y), dlr_targeted(z, y, 1 - y)):
+        assert (v == 0).all() and torch.autograd.grad(v.sum(), z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('text, change', [
+    ('apgd stops where the class is wrong', dict(y=torch.full((12, 5), .2))),
+    ('steps must be at least 1', dict(steps=0)),
+    ('restarts must be at least 1', dict(restarts=0)),
+    ('targets must be at least 0', dict(targets=-1)),
+    ('needs the default loss, got dlr', dict(targets=2, loss=dlr)),
+    (r'rho must lie in \[0, 1\], got 1.5', dict(rho=1.5)),
+    ('needs a generator', dict(generator=None)),
+    ("did you mean 'l2'", dict(norm='L2')),
+    ('8/255 for pixels, not 8', dict(eps=8)),
+    ('one per sample as', dict(eps=torch.ones(12))),
+    ('classes below 5', dict(y=torch.full((12,), 5))),
+    ('one value per sample', dict(loss=nn.functional.cross_entropy)),
+    ('at least 4 classes', dict(targets=2, y=torch.zeros(12).long(),
+                                model=lambda z: z.flatten(1)[:, :3])),
+    ('at least 3 classes', dict(loss=dlr, y=torch.zeros(12).long(),
+                                model=lambda z: z.flatten(1)[:, :2])),
+    ('no gradient', dict(model=lambda z: nn.functional.one_hot(torch.zeros(len(z)).long(), 5) * 1.,
+                         y=torch.zeros(12).long())),
+])
+def test_apgd_refuses(text, change):
+    net, x, y = make()
+    args = {'model': net, 'x': x, 'y': y, 'eps': .1, 'generator': gen(), **change}
+    with pytest.raises(ValueError, match=text):
+        apgd(**args)
+
+
+def test_dlr_refuses():
+    z, soft = torch.randn(4, 5), torch.full((4, 5), .2)
+    with pytest.raises(ValueError, match=r'dlr needs classes as|dlr needs classes \(n,\) long'):
+        dlr(z, soft)
+    with pytest.raises(ValueError, match='dlr_targeted needs logits'):
+        dlr_targeted(z[:, :3], torch.zeros(4).long(), torch.ones(4).long())
+
+
+@pytest.mark.parametrize('name', ['pgd-0', 'pgd-20x0', 'pgd-x', 'PGD-20', 'apgd_t', '', None, 'pgd20'])
+def test_unknown_attacks_are_refused(name):
+    with pytest.raises(ValueError, match='attack must be one of .* did you mean'):
+        attack_by_name(name)
+
+
+@pytest.mark.parametrize('name, limit', [('clean', 0), ('fgsm', 1), ('pgd', 20), ('pgd-3x4', 12),
+                                         ('apgd', 100), ('apgd-t', 900)])
+def test_named_attacks(name, limit):
+    net, x, y = make(4)
+    attack, asked = attack_by_name(name), []
+
+    def counted(z):
+        asked.append(len(z) * z.requires_grad)
+        return net(z)
+
+    z = attack(counted, x, y, 1e-5, generator=gen())
+    assert attack.max_gradients == limit and sum(asked) <= 4 * limit and z.shape == x.shape
+    assert attack_by_name(attack.name).strength == attack.strength
+    for norm in NORMS: attack(net, x, y, torch.full((4, 1, 1, 1), .01), norm=norm, generator=gen())
+
+
+@pytest.mark.parametrize('text, change', [
+    ('one number for AutoAttack', dict(eps=torch.full((12, 1, 1, 1), .1))),
+    (r'box must be \(0, 1\)', dict(box=None)),
+    (r'x must be \(n, c, h, w\) torch.float32', dict(x=torch.rand(12, 48))),
+    (r'torch.float32 for AutoAttack, got .*float64', dict(x=torch.rand(12, 3, 4, 4).double())),
+    (r'y must be \(n,\) long', dict(y=torch.full((12, 5), .2))),
+    ("did you mean 'linf'", dict(norm='Linf')),
+])
+def test_autoattack_refuses(text, change):
+    net, x, y = make()
+    with pytest.raises(ValueError, match=text):
+        autoattack(**{'model': net, 'x': x, 'y': y, 'eps': .1, **change})
+
+
+def digits_net():
+    "A net after four epochs of digits, and 100 of them"
+    from fairmix_nb.data import load
+    from fairmix_nb.models import small_cnn
+    from fairmix_nb.train import TrainCfg, fit
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = small_cnn(10, 1, 8)
+    data = load('digits', progress=False)
+    cfg = TrainCfg(pipeline=('attack',), eps=.1, epochs=4, batch=64, lr=3e-3)
+    fit(net, data, cfg, device='cpu', watched=1, progress=False)
+    idx = torch.arange(100)
+    return net.eval(), data.test.floats(idx).contiguous(), data.test.y[idx]
+
+
+def test_agrees_with_pyautoattack():
+    package = pytest.importorskip('pyautoattack')
+    net, x, y = digits_net()
+    for name, kw in ('apgd-ce', {}), ('apgd-t', dict(targets=9)):
+        judge = package.AutoAttack(net, eps=.12, seed=0, version='custom', attacks=[name])
+        judge.apgd.n_restarts = 1
+        with torch.random.fork_rng(devices=[]):
+            theirs = wrong(net, judge.run_standard_evaluation(x, y, batch_size=100)[0], y)
+        ours = wrong(net, apgd(net, x, y, .12, generator=gen(), **kw), y)
+        assert 20 < theirs.sum() < 80, theirs.sum()
+        assert (theirs & ~ours).sum() <= 2 and (ours & ~theirs).sum() <= 2, name
+    weak = wrong(net, fgsm(net, x, y, .12), y)
+    assert (theirs & ~weak).sum() > 3   # the comparison would notice
+
+
+def test_autoattack_through_the_door():
+    pytest.importorskip('pyautoattack')
+    import random
+    net, x, y = digits_net()
+    x, y, asked = x[:6], y[:6], []
+    net.register_forward_pre_hook(lambda _, z: asked.append(len(z[0]) * z[0].requires_grad))
+    torch_state, state = torch.get_rng_state(), random.getstate()
+    grads = [p.grad for p in net.parameters()]
+    z = attack_by_name('autoattack')(net, x, y, .12, generator=gen())
+    assert sum(asked) <= 6 * attack_by_name('autoattack').max_gradients
+    assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == state
+    assert all(a is b for a, b in zip(grads, (p.grad for p in net.parameters())))
+    assert all(p.requires_grad for p in net.parameters()) and (z - x).abs().max() < .12 + 1e-6
+    ours = wrong(net, apgd(net, x, y, .12, targets=9, generator=gen()), y)
+    assert (wrong(net, z, y) != ours).sum() <= 1 and ours.any()
+    assert torch.equal(autoattack(net, x, y, 0.), x)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize('norm', NORMS)
 def test_cuda(norm):
@@ -137,5 +332,7 @@ def test_cuda(norm):
     assert z.device == x.device and 0 <= z.min() and z.max() <= 1
     size = (z - x).flatten(1).norm(p=float('inf') if norm == 'linf' else 2, dim=1)
     assert size.max() < .1 + 1e-6
+    z = apgd(net, x, y, .1, norm=norm, targets=2, generator=torch.Generator('cuda').manual_seed(0))
+    assert z.device == x.device and 0 <= z.min() and z.max() <= 1
     with pytest.raises(ValueError, match='generator must live on cuda'):
         pgd(net, x, y, .1, norm=norm, generator=gen())
