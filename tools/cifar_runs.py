@@ -79,7 +79,7 @@ ATTACKS = dict(
 CPU = ("clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t")
 FORMS = dict(
     cpu=dict(epochs=5, audited=500, attacks=CPU),
-    gpu=dict(epochs=80, audited=1000, attacks=(*CPU, "fab-t+square")),
+    gpu=dict(epochs=80, audited=1000, attacks=(*CPU, "autoattack")),
 )
 
 
@@ -256,24 +256,7 @@ def columns(curves, rows):
 # The audit: attacks from weak to strong on test images in order of class.
 def attacked(net, x, y, eps, name, box, generator):
     "The final points of the attack `name`."
-    common = dict(box=box, check=False)
-    if name == "clean":
-        return x
-    if name == "fgsm":
-        return attacks.fgsm(net, x, y, eps, **common)
-    if name.startswith("pgd-"):
-        steps, _, restarts = name[4:].partition("x")
-        more = dict(restarts=int(restarts or 1), generator=generator)
-        return attacks.pgd(net, x, y, eps, int(steps), **more, **common)
-    if name == "fab-t+square":  # the rest of AutoAttack's standard version
-        from pyautoattack import AutoAttack
-
-        judge = AutoAttack(net, eps=float(eps), norm="Linf", seed=0, version="custom",
-                           attacks=["fab-t", "square"], device=x.device)
-        with torch.enable_grad():
-            return judge.run_standard_evaluation(x, y, batch_size=len(x))[0]
-    targets = {"apgd-ce": 0, "apgd-t": 9}[name]
-    return attacks.apgd(net, x, y, eps, 100, targets=targets, generator=generator, **common)
+    return attacks.attack_by_name(name)(net, x, y, eps, box=box, generator=generator, check=False)
 
 
 @torch.no_grad()
@@ -353,10 +336,10 @@ def pairs(model, images, cfg):
 
 
 def attacks_for(run):
-    "The form's attacks; FAB-T and Square need pyautoattack, one radius and the valid range."
+    "The form's attacks; AutoAttack needs pyautoattack, one radius and the valid range."
     names = FORMS[run.form]["attacks"]
     able = run.radius == "8" and importlib.util.find_spec("pyautoattack")
-    return [n for n in names if able or n != "fab-t+square"]
+    return [n for n in names if able or n != "autoattack"]
 
 
 def do_run(run, data, args):
