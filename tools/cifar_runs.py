@@ -410,7 +410,7 @@ def rehearsal(args):
     WATCHED = 20
     for form in FORMS.values():
         form |= dict(epochs=2, audited=20)
-    data, met = load(args.data, 0, per_class=50, progress=False), set()
+    data, met = load(args.data, 0, per_class=70, progress=False), set()
     data = replace(data, val=spread_subset(data.val, 40))
     with tempfile.TemporaryDirectory() as folder:
         args.runs, args.records = Path(folder) / "runs", Path(folder) / "records"
@@ -421,6 +421,9 @@ def rehearsal(args):
                 continue
             met |= {recipe, run.radius}
             args.until = 1
+            plain = replace(run, weights="")
+            if run.weights == "risk" and missing(plain, args):
+                do_run(plain, data, args)
             do_run(run, data, args)
             if len(met) == 2:  # an interrupted run goes on
                 args.until = None
