@@ -59,7 +59,7 @@ def test_a_run_is_complete(path, script):
     assert curves["epoch"] == list(range(1, r["epochs_done"] + 1))
     assert {"loss", "clean", "fgsm", "pgd-20", "alignment"} <= set(curves)
     assert all(len(v) == r["epochs_done"] and all(map(math.isfinite, v)) for v in curves.values())
-    assert {"clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t"} <= set(r["attacks"])
+    assert {"clean", "fgsm", "pgd-50x2", "apgd-ce"} <= set(r["attacks"])
     assert {sum(a["n"]) for a in r["attacks"].values()} == {script.FORMS[r["form"]]["audited"]}
     check_attacks(r["attacks"])
     for found in r["pairs"]["confusion"].values():
