@@ -48,9 +48,9 @@ def test_a_run_is_complete(path, script):
     assert path.stat().st_size <= 40_000 and "/tmp" not in path.read_text()
     assert (r["schema"], r["kind"], r["name"]) == (1, "cifar10 run", path.stem)
     assert r["data"]["name"] == "cifar10" and r["data"]["sizes"] == dict(train=49_000, val=1000, test=10_000)
-    assert ORIGIN <= set(r["provenance"]) and ORIGIN <= set(r["audit"]["provenance"])
+    assert ORIGIN <= set(r["provenance"])
     assert r["provenance"]["commit"] and r["provenance"]["dirty"] is False
-    assert r["seconds"] > 0 and r["audit"]["seconds"] > 0 and r["gradient_evaluations"] > 0
+    assert r["seconds"] > 0 and r["gradient_evaluations"] > 0
     planned = json.loads(json.dumps(next(run for run in script.GRID if run.name == r["name"]).cfg))
     assert {k: r["cfg"][k] for k in planned} == planned and len(r["cfg"]) >= 20
     assert r["cfg"]["seed"] == r["seed"] and r["epochs_done"] <= r["cfg"]["epochs"]
@@ -59,6 +59,10 @@ def test_a_run_is_complete(path, script):
     assert curves["epoch"] == list(range(1, r["epochs_done"] + 1))
     assert {"loss", "clean", "fgsm", "pgd-20", "alignment"} <= set(curves)
     assert all(len(v) == r["epochs_done"] and all(map(math.isfinite, v)) for v in curves.values())
+    if not r["attacks"]:  # trained, its audit still to come: only while the run is unfinished
+        assert not r["finished"]
+        return
+    assert ORIGIN <= set(r["audit"]["provenance"]) and r["audit"]["seconds"] > 0
     assert {"clean", "fgsm", "pgd-50x2", "apgd-ce"} <= set(r["attacks"])
     assert {sum(a["n"]) for a in r["attacks"].values()} == {script.FORMS[r["form"]]["audited"]}
     check_attacks(r["attacks"])
@@ -68,7 +72,7 @@ def test_a_run_is_complete(path, script):
 
 def test_runs_are_on_the_same_images():
     records = [json.loads(p.read_text()) for p in RUNS]
-    assert len({r["test"] for r in records}) == 1
+    assert len({r["test"] for r in records if r["attacks"]}) == 1
     assert len({json.dumps(r["data"]["digests"]) for r in records}) == 1
 
 
