@@ -964,7 +964,7 @@ def verdict_of(checks):
     return f"do not trust these numbers: {'; '.join(why)}" if why else (
         "trust these numbers: no check found a reason not to")
 
-# %% ../nbs/12_audit.ipynb #e3de9960
+# %% ../nbs/12_audit.ipynb #706e37c0
 @dataclass(frozen=True)
 class PairedReports:
     "Two audits of the same images side by side"
@@ -1012,7 +1012,7 @@ def compare_reports(
     return PairedReports(rows, boot(worst_class), worst_difference(fa, fb, y, len(names)),
                          boot(lambda r: np.nanmean(r, -1)), len(a))
 
-# %% ../nbs/12_audit.ipynb #329e77d8
+# %% ../nbs/12_audit.ipynb #da38af08
 def load_model(
     path: str | Path,  # a checkpoint of `fit` (last.pt or its folder), or a state dict
     n_cls: int,  # classes of the data
@@ -1052,7 +1052,7 @@ def _read_state(path):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(found).__name__}")
     return read_checkpoint(path) if 'schema' in found else found
 
-# %% ../nbs/12_audit.ipynb #67d22e69
+# %% ../nbs/12_audit.ipynb #eabefd4f
 def audit_checkpoint(
     path: str | Path,  # a checkpoint of `fit`, or its folder
     data: str = 'digits',  # as `load` takes it; its test part is attacked
