@@ -494,7 +494,7 @@ def columns(rows, gap='  '):
              for r in rows]
     return '\n'.join(line.rstrip() for line in lines)
 
-# %% ../nbs/12_audit.ipynb #08f88873
+# %% ../nbs/12_audit.ipynb #fbe65de8
 def heading(r):
     "What was audited, and how."
     c, eps = r.record['config'], r.record['config']['eps']
@@ -517,7 +517,8 @@ def class_rows(r, raw=False):
         low, high = worst_interval(k, n)
         return [attack, *body, f'{short(worst_class(p))} {short(low, 2)}-{short(high, 2)}',
                 r.classes[int(np.nanargmax(p))][:12]]
-    names = [f"{'raw' if raw else 'worst-case'} risk, 95 %", *(c[:12] for c in r.classes), 'worst class', 'its name']
+    kind = f"{'raw' if raw else 'worst-case'} risk, 95 %"
+    names = [kind, *(c[:12] for c in r.classes), 'worst class', 'its name']
     return list(zip(names, *(column(a) for a in r.attacks)))
 
 
