@@ -106,7 +106,9 @@ def child(cfg, folder, data, phase, aim=None, saves=1):
 
 def result(folder):
     "Digest of all that a run leaves but its clock."
-    found = T.read_checkpoint(Path(folder) / "last.pt")
+    with warnings.catch_warnings():  # the last write may have ended as new.pt, which resume takes
+        warnings.simplefilter("ignore")
+        found = T.load_checkpoint(folder)
     return T.sha256_of({k: v for k, v in found.items() if k != "seconds"}), found["epoch"]
 
 
