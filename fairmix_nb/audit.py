@@ -268,6 +268,7 @@ def attack_all(
     data,  # see `chunks_of`
     cfg: dict,  # what defines the audit
     journal: Journal,  # what is done already
+    n_cls: int,  # classes of the logits
     keep: int,  # images to set aside for the diagnosis
     device: str = 'cpu',  # of the network
     progress: bool = False,  # show a bar, with the time left
@@ -280,6 +281,8 @@ def attack_all(
     with bar:
         for i, (x, y) in enumerate(chunks_of(data, cfg['batch'], cfg['box'])):
             x, y = x.to(device), y.to(device)
+            if y.max() >= n_cls:
+                raise ValueError(f"y must hold classes in 0..{n_cls - 1}, got {y.max().item()}")
             same = _digest(x, y)
             if journal.run(f'chunk {i}', lambda: same) != same:
                 raise ValueError(f"chunk {i} must hold the images it held before the interruption: "
@@ -360,7 +363,7 @@ def audit(
         raise ValueError(f"classes must name the {n_cls} logits of the model, got {len(names)}")
     header = dict(schema=SCHEMA, kind='audit', config=cfg, model=_fingerprint(net, x))
     journal = Journal(out and out / 'journal.jsonl', header, resume)
-    try: found = attack_all(net, data, cfg, journal, diagnose, device, progress)
+    try: found = attack_all(net, data, cfg, journal, n_cls, diagnose, device, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("audit stopped; finished batches are kept in "
                                 f"{out}" if out else "audit stopped, nothing kept") from None

@@ -180,3 +180,10 @@ def test_report_files_and_damaged_ones(digits, tmp_path):
             audit(small_cnn(10, 1), digits, .1, ('clean',), out=tmp_path / 'j', resume=True,
                   **QUIET)
         assert (tmp_path / 'j/journal.jsonl').read_text() == text, "never a changed file"
+
+
+def test_a_label_out_of_range_is_refused_wherever_it_stands(digits):
+    y = digits.y.clone()
+    y[-1] = 10
+    with pytest.raises(ValueError, match=r'classes in 0..9, got 10'):
+        audit(small_cnn(10, 1), (digits.floats(), y), .1, ('clean',), **QUIET)

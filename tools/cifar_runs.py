@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fairmix_nb import compare
 from fairmix_nb import attacks
 from fairmix_nb.data import load
 from fairmix_nb.data import rank_in_class
@@ -51,15 +52,7 @@ SCHEMA = 1
 WATCHED = 250  # validation images of the curves, classes alike
 
 # The grid as data: what a method, a radius and an attack in training mean, then blocks of runs.
-METHODS = dict(
-    natural=dict(pipeline=()),
-    mixup=dict(pipeline=("mix",)),
-    at=dict(pipeline=("attack",)),
-    attack_mix=dict(pipeline=("attack", "mix")),
-    mix_attack=dict(pipeline=("mix", "attack")),
-    any_mix=dict(pipeline=("attack", "mix"), partner="any"),
-    self_mix=dict(pipeline=("attack", "mix"), partner="self"),
-)
+METHODS = dict(compare.METHODS, self_mix=dict(pipeline=("attack", "mix"), partner="self"))
 normalised = lambda eps: tuple(round(eps * s, 6) for s in CIFAR_STD)
 RADII = {
     "n0.1": dict(eps=normalised(0.1), box=None),  # the paper's three, in normalised units
