@@ -43,6 +43,7 @@ from .attacks import fgsm
 from .attacks import pgd
 from .data import Data
 from .data import ImageSet
+from .data import as_floats
 from .data import augment
 from .data import batches
 from .data import progress_bar
@@ -278,7 +279,7 @@ def clean_batch(
     "The images of a step as the pipeline gets them; with partner 'set', their partners follow."
     if cfg.partner == "set" and "mix" in cfg.pipeline:
         idx = torch.cat([idx, *table.partners(idx, cfg.k, streams["mix"])])
-    x = augment(images.floats(idx), cfg.augment, streams["augment"])
+    x = as_floats(augment(images.x[idx], cfg.augment, streams["augment"]))
     return x.contiguous(memory_format=torch.channels_last), images.y[idx]
 
 

@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 from fairmix_nb.attacks import fgsm
 from fairmix_nb.attacks import pgd
 from fairmix_nb.data import ImageSet
+from fairmix_nb.data import as_floats
 from fairmix_nb.data import augment
 from fairmix_nb.data import batches
 from fairmix_nb.data import load
@@ -293,7 +294,7 @@ def consume(source):
 def resident(images, generator, batch=256):
     "An epoch of batches from the resident tensor, cropped and flipped."
     for idx in batches(len(images), batch, generator):
-        yield augment(images.floats(idx), "crop_flip", generator), images.y[idx]
+        yield as_floats(augment(images.x[idx], "crop_flip", generator)), images.y[idx]
 
 
 def per_class_partner(y, pools):
