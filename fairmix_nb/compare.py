@@ -392,6 +392,8 @@ class Comparison:
     ) -> tuple:  # wrong `(s, n)` (or `(1, n)` over folds), labels `(n,)`
         "Which test images are broken, by seed"
         attack = attack or self.attacks[-1]
+        lookup("method", method, dict.fromkeys(self.methods))
+        lookup("attack", attack, dict.fromkeys(self.attacks))
         upto = [attack] if raw else self.attacks[: self.attacks.index(attack) + 1]
         runs = [r for r in self.record["runs"] if r["method"] == method]
         sizes = [r["attacks"][attack]["n"] for r in runs]
