@@ -64,8 +64,10 @@ from .risk import worst_case
 from .risk import worst_class
 from .risk import worst_difference
 from .risk import worst_interval
+from .train import ALL
 from .train import SCHEMA
 from .train import as_eps
+from .train import checkpoints
 from .train import gradient_cosine
 from .train import pick_device
 from .train import provenance
@@ -1041,9 +1043,7 @@ def load_model(
 def _checkpoint_file(path):
     "The newest checkpoint of a folder, or the file itself."
     path = Path(path)
-    if not path.is_dir(): return path
-    return next((p for p in (path / 'last.pt', path / 'previous.pt') if p.exists()),
-                path / 'last.pt')
+    return [*checkpoints(path, ALL), path / 'last.pt'][0] if path.is_dir() else path
 
 
 def _read_state(path):

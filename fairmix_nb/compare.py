@@ -17,7 +17,6 @@ import time
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -47,13 +46,15 @@ from .risk import unpack_flags
 from .risk import worst_difference
 from .risk import worst_case
 from .risk import worst_interval
+from .train import ALL
 from .train import SCHEMA
 from .train import TrainCfg
 from .train import attack_errors
+from .train import checkpoints
 from .train import fit
 from .train import load_checkpoint
 from .train import named_bar
-from .train import parse_attack
+from .train import number
 from .train import pick_device
 from .train import provenance
 from .train import resume as resume_fit
@@ -104,7 +105,7 @@ def run_one(method, seed, data, cfg, model, attacks, device, folder, progress):
     net = make(model, data.train.n_cls, data.train.x.shape[1], seed)
     bar = progress and f"{name_of(method)}, seed {seed}"
     kw = dict(device=device, progress=bar, watched=10)
-    begun = folder and ((folder / "last.pt").exists() or (folder / "previous.pt").exists())
+    begun = folder and checkpoints(folder, ALL)
     if callable(method):
         found = dict(resume_from=load_checkpoint(folder)) if begun else {}
         done = method(net, data, cfg, out=folder, **found, **kw)
@@ -147,7 +148,7 @@ def compare(
     *,
     cfg: TrainCfg | None = None,  # shared recipe; None: `preset`
     model: str | Callable | None = None,  # of `MODELS`, or (n_cls, in_ch, seed) -> module
-    attacks: tuple = ("clean", "fgsm", "pgd-20"),  # weak to strong
+    attacks: tuple = ("clean", "fgsm", "pgd-20"),  # weak to strong, see `attack_by_name`
     out: str | Path | None = None,  # folder of records, checkpoints, figure; None: keep nothing
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
     resume: bool = False,  # go on in `out`
@@ -170,7 +171,7 @@ def compare(
         data if isinstance(data, Data) else load(data, seed, progress=progress, **load_kw)
     )
     first = part(seeds[0])
-    check_data(first, seeds, cfg)
+    check_data(first, seeds, cfg, attacks)
     record = new_record(first, methods, seeds, attacks, model, cfg, device, load_kw)
     if out:
         open_folder(out, record, resume)
@@ -256,8 +257,8 @@ def few_threads(data):
         torch.set_num_threads(before)
 
 
-def check_data(data, seeds, cfg):
-    "Refuse seeds that would test an image twice, and batches larger than the set."
+def check_data(data, seeds, cfg, attacks):
+    "Refuse seeds that would test an image twice, a batch too large, attacks on too few classes."
     if data.split["rule"] == "thirds" and len({s // 3 for s in seeds}) > 1:
         raise ValueError(
             f"{data.name} has no test part: seeds name the folds of one shuffle, (0, 1, 2) or "
@@ -266,6 +267,11 @@ def check_data(data, seeds, cfg):
     if cfg.batch > len(data.train):
         raise ValueError(
             f"batch must be at most the {len(data.train)} training images, got {cfg.batch}"
+        )
+    targeted = [a for a in attacks if a in ("apgd-t", "autoattack")]
+    if targeted and data.test.n_cls < 4:
+        raise ValueError(
+            f"{targeted[0]!r} needs at least 4 classes, got {data.test.n_cls}: use 'apgd-ce'"
         )
 
 
@@ -308,8 +314,8 @@ def check_call(methods, seeds, attacks, model):
             raise ValueError(f"{what} must be at least one and all different, got {values}")
     if any(not isinstance(s, int) or s < 0 for s in seeds):
         raise ValueError(f"seeds must be integers >= 0, got {tuple(seeds)}")
-    strength = [{-1: 0.5}.get(parse_attack(a), parse_attack(a)) for a in attacks]
-    if strength != sorted(strength):  # clean 0, fgsm 0.5, pgd its steps
+    strength = [attack_by_name(a).strength for a in attacks]
+    if strength != sorted(strength):
         raise ValueError(f"attacks must go from weak to strong, got {tuple(attacks)}")
 
 
@@ -386,6 +392,8 @@ class Comparison:
     ) -> tuple:  # wrong `(s, n)` (or `(1, n)` over folds), labels `(n,)`
         "Which test images are broken, by seed"
         attack = attack or self.attacks[-1]
+        lookup("method", method, dict.fromkeys(self.methods))
+        lookup("attack", attack, dict.fromkeys(self.attacks))
         upto = [attack] if raw else self.attacks[: self.attacks.index(attack) + 1]
         runs = [r for r in self.record["runs"] if r["method"] == method]
         sizes = [r["attacks"][attack]["n"] for r in runs]
@@ -580,12 +588,7 @@ def parse_eps(
     text: str,  # '8/255', '0.1'
 ) -> float:  # in [0, 1]
     "A radius in pixel units, from a number or a fraction"
-    try:
-        eps = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"eps must be a number or a fraction such as 8/255, got {text!r}"
-        ) from None
+    eps = number(text)
     if not 0 <= eps <= 1:
         raise ValueError(
             f"eps must lie in [0, 1] (pixel units; 8/255 is the usual one), got {text}"

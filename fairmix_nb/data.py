@@ -440,7 +440,7 @@ def load(
     *,
     root: str | Path = 'data', # where torchvision keeps CIFAR-10
     size: int | tuple | None = None, # resize to `(h, w)`; an int is a square
-    per_class: int | None = None, # training images kept a class, the same for every seed
+    per_class: int | None = None, # training images kept a class, see `split_index`
     test_per_class: int | None = None, # test images kept a class
     progress: bool = True, # False: no bar
 ) -> Data:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIPELINES', 'CHOICES', 'FAST', 'STREAMS', 'SCHEMA', 'TrainCfg', 'bn_mode', 'as_eps', 'attack_step', 'mix_step',
            'clean_batch', 'through_pipeline', 'training_batch', 'learning_rate', 'gradient_cosine', 'misalignment',
-           'make_streams', 'parse_attack', 'attack_errors', 'provenance', 'pick_device', 'Fit', 'fit', 'resume',
-           'Ranks', 'fit_ranks', 'launch', 'main']
+           'make_streams', 'attack_errors', 'provenance', 'pick_device', 'Fit', 'fit', 'resume', 'Ranks', 'fit_ranks',
+           'launch', 'main']
 
 # %% ../nbs/11_train.ipynb #07eb43a9
 import contextlib
@@ -39,6 +39,7 @@ from torch import nn
 
 import fairmix_nb
 from .attacks import NORMS
+from .attacks import attack_by_name
 from .attacks import fgsm
 from .attacks import pgd
 from .data import Data
@@ -393,18 +394,6 @@ def make_streams(
     seeds = np.random.SeedSequence(seed).generate_state(len(STREAMS))
     return {name: torch.Generator(device).manual_seed(int(s)) for name, s in zip(STREAMS, seeds)}
 
-# %% ../nbs/11_train.ipynb #f0774936
-def parse_attack(
-    name: str,  # 'clean', 'fgsm' or 'pgd-STEPS', for example 'pgd-20'
-) -> int:  # gradient steps; 0: none; -1: fgsm
-    "The steps of an attack given by name"
-    if name in ("clean", "fgsm"):
-        return 0 if name == "clean" else -1
-    kind, _, steps = name.partition("-")
-    if kind != "pgd" or not steps.isdigit() or int(steps) < 1:
-        raise ValueError(f"an attack must be 'clean', 'fgsm' or 'pgd-STEPS', got {name!r}")
-    return int(steps)
-
 # %% ../nbs/11_train.ipynb #8f700269
 def named_bar(steps, progress, unit):
     "A progress bar; `progress` may be its name."
@@ -416,7 +405,7 @@ def attack_errors(
     model: nn.Module,  # logits for x in [0, 1]
     images: ImageSet,  # `n` images
     eps,  # radius, pixel units: a number or one per channel
-    attacks: tuple = ("clean", "fgsm", "pgd-20"),  # see `parse_attack`
+    attacks: tuple = ("clean", "fgsm", "pgd-20"),  # see `attack_by_name`
     *,
     norm: str = "linf",  # 'linf' or 'l2'
     box: tuple | None = (0.0, 1.0),  # valid range of a pixel
@@ -425,19 +414,16 @@ def attack_errors(
     progress: bool | str = False,  # show a bar; a string: under this name
 ) -> dict:  # attack -> `(n,)` bool: wrong at the attack's final point (raw errors)
     "Which images each attack breaks; PGD keeps its best iterate, BatchNorm is in evaluation mode"
-    steps = {name: parse_attack(name) for name in attacks}
+    plan = {name: attack_by_name(name) for name in attacks}
     net = fold_batchnorm(model).to(memory_format=torch.channels_last)
     generator = torch.Generator(images.x.device).manual_seed(seed)
     wrong = {name: [] for name in attacks}
     chunks = torch.arange(len(images), device=images.x.device).split(batch)
     for idx in named_bar(chunks, progress, "batch"):
         x, y = images.floats(idx).contiguous(memory_format=torch.channels_last), images.y[idx]
-        common = dict(norm=norm, box=box, check=False)
-        for name, n in steps.items():
-            if n > 0:
-                z = pgd(net, x, y, as_eps(eps, x), n, generator=generator, **common)
-            else:
-                z = fgsm(net, x, y, as_eps(eps, x), **common) if n else x
+        common = dict(norm=norm, box=box, generator=generator, check=False)
+        for name, attack in plan.items():
+            z = attack(net, x, y, as_eps(eps, x), **common)
             with torch.no_grad():
                 wrong[name].append(net(z).argmax(1) != y)
     return {name: torch.cat(parts) for name, parts in wrong.items()}
@@ -733,6 +719,10 @@ def run_folder(out, resuming):
             raise FileExistsError(f"{out} holds a run already: resume it, or name another")
         for rest in Path(out).glob("*.tmp-*"):  # of a process that was killed while writing
             rest.unlink()
+        last, new = Path(out) / "last.pt", Path(out) / "new.pt"
+        if resuming and new.exists() and not last.exists():  # killed between two renames
+            os.replace(new, last)
+            sync_folder(out)
         yield
     finally:
         if lock is not None:
@@ -826,7 +816,7 @@ def fit(
     watched: int = 20,  # epochs at which the risks on validation are measured
     progress: bool | str = True,  # show a bar; a string: under this name
     on_epoch: Callable | None = None,  # called with each epoch's row of the curves
-    compile: bool = False,  # compile the model; pays after some 500 steps
+    compile: bool = False,  # compile the model; pays after hundreds of steps
     precision: str = "fp32",  # 'fp32', the reference; 'tf32' or 'bf16', faster on a GPU
     deterministic: bool = False,  # the same bits on a GPU too
     resume_from: dict | None = None,  # a checkpoint's content, see `resume`
@@ -1215,7 +1205,11 @@ def first_failure(folder, processes):
 # %% ../nbs/11_train.ipynb #5ca1aa22
 def number(text):
     "A radius: 8/255 or 0.03."
-    return float(Fraction(text)) if "/" in text else float(text)
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        says = f"eps must be a number or a fraction such as 8/255, got {text!r}"
+        raise ValueError(says) from None
 
 
 def words(text):

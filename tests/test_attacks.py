@@ -234,7 +234,7 @@ def test_apgd_refuses(text, change):
 
 def test_dlr_refuses():
     z, soft = torch.randn(4, 5), torch.full((4, 5), .2)
-    with pytest.raises(ValueError, match=r'dlr needs classes as|dlr needs classes \(n,\) long'):
+    with pytest.raises(ValueError, match=r'dlr needs classes \(n,\) long'):
         dlr(z, soft)
     with pytest.raises(ValueError, match='dlr_targeted needs logits'):
         dlr_targeted(z[:, :3], torch.zeros(4).long(), torch.ones(4).long())

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fairmix_nb.compare import main
+from fairmix_nb.compare import compare, main, preset
+from fairmix_nb.train import TrainCfg
 
 QUICK = ["compare", "--data", "digits", "--methods", "natural", "at", "--seeds", "0", "--epochs", "1"]
 
@@ -173,6 +174,16 @@ def test_notes_name_leaking_and_overfitting():
             run["attacks"]["pgd-20"]["flags"] = pack_flags(np.ones(n, bool))
     found = " ".join(Comparison(record).notes())
     assert found.count("at: clean") == 2 and "carries the label" in found and "overfitted to one step" in found
+
+
+def test_every_named_attack_is_open_to_a_comparison(tmp_path):
+    names, cfg = ("clean", "fgsm", "pgd-3x2", "apgd-ce"), preset("digits", 1)[1]
+    found = compare("digits", ("at",), (0,), cfg=cfg, attacks=names, test_per_class=9, progress=False)
+    levels = np.stack([found.flags("at", a)[0] for a in names])
+    assert levels.shape == (4, 1, 90) and (np.diff(levels.astype(int), axis=0) >= 0).all() and levels[-1].sum() > levels[0].sum()
+    pets = make_folder(tmp_path / "pets")
+    with pytest.raises(ValueError, match="'apgd-t' needs at least 4 classes, got 2: use 'apgd-ce'"):
+        compare(pets, ("at",), (0,), cfg=TrainCfg(batch=8), attacks=("clean", "apgd-t"), progress=False)
 
 
 def test_audit_of_a_run_as_typed(tmp_path, capsys):

@@ -11,7 +11,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import mutate  # noqa: E402
 
 
-
 @pytest.mark.parametrize("module", mutate.MODULES)
 def test_the_notebook_notices_wrong_formulas(module):
     path = ROOT / "nbs" / "results" / "mutation.json"

@@ -8,19 +8,18 @@ continued: nets that it holds are not run again. Needs foolbox and pyautoattack.
 half an hour.
 """
 import argparse
-import base64
 import itertools
 import json
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import fairmix_nb.attacks as ours
 from fairmix_nb.data import load, write_aside
 from fairmix_nb.models import small_cnn
+from fairmix_nb.risk import pack_flags
 from fairmix_nb.train import TrainCfg, fit, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,10 +85,6 @@ def attacked(net, x, y, eps: float, wrong: dict):
         left.view(-1, 1, 1, 1), theirs(net, x[left], y[left], eps, ["fab-t", "square"]))
 
 
-def packed(flags: torch.Tensor) -> str:
-    return base64.b64encode(np.packbits(flags.numpy()).tobytes()).decode()
-
-
 def one_net(recipe: str, seed: int) -> dict:
     "Which points each attack breaks, and the counts of every pair"
     net, data = trained(recipe, seed)
@@ -114,7 +109,7 @@ def one_net(recipe: str, seed: int) -> dict:
         counts[f"{a} | {b}"] = {k: p.sum().item() for k, p in parts.items()}
     return dict(recipe=recipe, seed=seed, eps=eps, n=len(y), seconds=seconds, counts=counts,
                 broken={k: v.sum().item() for k, v in wrong.items()},
-                flags={k: packed(v) for k, v in wrong.items()})
+                flags={k: pack_flags(v.numpy()) for k, v in wrong.items()})
 
 
 def main() -> int:

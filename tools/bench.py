@@ -5,7 +5,7 @@
     python tools/bench.py --only step data   # some blocks; the record keeps the others
     python tools/bench.py --peers            # against torchattacks, foolbox, ART -> speed_peers.json
     python tools/bench.py --device cuda      # an epoch, 80 epochs, several runs -> speed_cuda.json
-    python tools/bench.py --rehearse         # any of them in seconds, tiny, nothing to conclude
+    python tools/bench.py --rehearse --out x # any of them in seconds, tiny, nothing to conclude
 
 Inside a block the candidates take turns in one process, round after round: clocks drift several-fold
 between hours on a shared machine, and only a ratio of neighbours means something. A ratio is formed
@@ -699,7 +699,7 @@ def main(words=None):
     rounds, name = 2 if args.rehearse else args.rounds, args.device
     todo = {k: BLOCKS[k] for k in args.only}
     if args.device == "cuda" or args.epoch:
-        todo, name = dict(epoch=lambda r, tiny: block_epoch(r, tiny, args.device)), args.device
+        todo = dict(epoch=lambda r, tiny: block_epoch(r, tiny, args.device))
     if args.peers:
         todo, name = dict(peers=block_peers), "peers"
     if args.rehearse and not args.out:

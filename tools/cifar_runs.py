@@ -37,9 +37,11 @@ from fairmix_nb.models import CIFAR_STD
 from fairmix_nb.models import build
 from fairmix_nb.models import fold_batchnorm
 from fairmix_nb.risk import pack_flags
+from fairmix_nb.train import ALL
 from fairmix_nb.train import TrainCfg
 from fairmix_nb.train import as_eps
 from fairmix_nb.train import attack_errors
+from fairmix_nb.train import checkpoints
 from fairmix_nb.train import fit
 from fairmix_nb.train import load_checkpoint
 from fairmix_nb.train import pick_device
@@ -228,7 +230,7 @@ def train(run, data, folder, args):
             raise Stopped
 
     with contextlib.suppress(Stopped):
-        if (folder / "last.pt").exists():
+        if checkpoints(folder, ALL):
             found = load_checkpoint(folder)
             model.load_state_dict(found["model"])
             if not rows.exists() or str(found["epoch"]) not in json.loads(rows.read_text()):
@@ -455,7 +457,7 @@ def main(words=None):
     args.records.mkdir(parents=True, exist_ok=True)
     data = load(args.data, 0, progress=False)
     for run in runs:
-        started = (args.runs / run.name / "last.pt").exists()
+        started = checkpoints(args.runs / run.name, ALL)
         if missing(run, args) and (started or not args.as_it_is):
             do_run(run, data, args)
 

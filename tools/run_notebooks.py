@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from book import directives
 from execnb.nbio import dict2nb, read_nb, write_nb
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -28,12 +29,6 @@ from nbformat import from_dict
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|[-+]?\.\d+(?:[eE][-+]?\d+)?")
-
-
-def directives(cell) -> dict:
-    "The `#| name value` lines of a code cell."
-    lines = re.findall(r"^\s*#\s*\|\s*([\w-]+):?[ \t]*(.*?)\s*$", "".join(cell["source"]), re.M)
-    return dict(lines)
 
 
 class Client(NotebookClient):
