@@ -266,7 +266,8 @@ def check_data(data, seeds, cfg, attacks):
         )
     if cfg.batch > len(data.train):
         raise ValueError(
-            f"batch must be at most the {len(data.train)} training images, got {cfg.batch}"
+            f"batch must be at most the {len(data.train)} training images, got {cfg.batch}: "
+            f"try {max(1, len(data.train) // 8)} (--batch)"
         )
     targeted = [a for a in attacks if a in ("apgd-t", "autoattack")]
     if targeted and data.test.n_cls < 4:
