@@ -265,7 +265,7 @@ def dlr_targeted(
     y: torch.Tensor,  # classes `(n,)` long
     target: torch.Tensor,  # the class to reach `(n,)` long
 ) -> torch.Tensor:  # one loss per sample `(n,)`, positive where the target beats the true class
-    "Target's logit minus the true one, over first minus mean of third and fourth - eq. (7)"
+    "Target's logit minus the true one, scaled by the top four - Croce & Hein 2020, eq. (7)"
     _classes_for('dlr_targeted', logits, y, 4)
     top = logits.topk(4).values
     up, down = (logits.gather(1, t[:, None])[:, 0] for t in (target, y))
@@ -423,24 +423,32 @@ def _check_autoattack(x, y, eps, box):
         raise ValueError("x must be (n, c, h, w) torch.float32 for AutoAttack, got "
                          f"{tuple(x.shape)} {x.dtype}")
     if y.ndim != 1: raise ValueError(f"y must be (n,) long, got {tuple(y.shape)} {y.dtype}")
-    if torch.as_tensor(eps).numel() != 1:
-        raise ValueError("eps must be one number for AutoAttack, got shape "
-                         f"{tuple(eps.shape)}: attack each radius by itself, or use apgd")
-    if box is None or tuple(box) != (0, 1):
-        raise ValueError(f"box must be (0, 1), the only range of AutoAttack, got {box}")
+    e = torch.as_tensor(eps)
+    if e.numel() > 1 and (box is not None or e.ndim == x.ndim and len(e) > 1):
+        raise ValueError("eps must be one number for AutoAttack, or one per channel without a box, "
+                         f"got shape {tuple(e.shape)} with box {box}: use apgd")
+    if e.numel() > 1 and e.min() <= 0:
+        raise ValueError(f"eps must be positive in every channel, got {e.flatten().tolist()}")
+
+def _unit_cube(x, eps, box):
+    "Factor a and shift b with x = a u + b for u in [0, 1], and the radius of u"
+    if box is not None: return box[1] - box[0], box[0], float(eps) / (box[1] - box[0])
+    lo, hi = (x / eps).aminmax()   # in these units the radius is 1, in every channel
+    width = hi - lo + 2            # and the ball reaches from lo - 1 to hi + 1
+    return eps * width, eps * (lo - 1), 1 / width.item()
 
 # %% ../nbs/07_attacks.ipynb #7fc50586
 @torch.no_grad()
 def autoattack(
     model: Callable,  # logits `(n, C)` of `(n, c, h, w)`, C >= 4, in eval mode
-    x: torch.Tensor,  # clean images `(n, c, h, w)` in [0, 1]
+    x: torch.Tensor,  # clean images `(n, c, h, w)` in the box
     y: torch.Tensor,  # classes `(n,)` long
-    eps: float,  # radius in units of `x` (8/255 in pixels), one for all
+    eps: float | torch.Tensor,  # radius in units of `x` (8/255 in pixels); see `box`
     *,
     norm: str = 'linf',  # 'linf' or 'l2'
     batch: int = 250,  # images at a time
     seed: int = 0,  # of all its random draws
-    box: tuple[float, float] | None = (0., 1.),  # (0, 1): it knows no other range
+    box: tuple[float, float] | None = (0., 1.),  # valid range; None: none, one `eps` per channel
     check: bool = True,  # False: trust the data
 ) -> torch.Tensor:  # per image a misclassified one if it was found, else `x`
     "The standard AutoAttack of the package pyautoattack - Croce & Hein 2020, sec. 6"
@@ -455,13 +463,16 @@ def autoattack(
     if logits.shape[1] < max(4, n_cls):
         raise ValueError(f"autoattack needs logits of at least {max(4, n_cls)} classes, "
                          f"got {tuple(logits.shape)}")
-    if float(eps) == 0: return x.clone()
+    if torch.as_tensor(eps).max() == 0: return x.clone()
+    a, b, radius = _unit_cube(x, eps, box)
+    u = (x - b) / a
     with _untouched(model, x.device):
-        judge = AutoAttack(model, eps=float(eps), norm=norm.capitalize(), seed=seed,
-                           device=x.device)
+        judge = AutoAttack(lambda v: model(a * v + b), eps=radius, norm=norm.capitalize(),
+                           seed=seed, device=x.device)
         goals = min(9, logits.shape[1] - 1)
         judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = goals
-        return judge.run_standard_evaluation(x, y, batch_size=batch)[0]
+        found = judge.run_standard_evaluation(u, y, batch_size=batch)[0]
+    return torch.where(found == u, x, a * found + b)
 
 # %% ../nbs/07_attacks.ipynb #28ae4761
 @dataclass(frozen=True)

@@ -264,7 +264,9 @@ def test_named_attacks(name, limit):
 
 @pytest.mark.parametrize('text, change', [
     ('one number for AutoAttack', dict(eps=torch.full((12, 1, 1, 1), .1))),
-    (r'box must be \(0, 1\)', dict(box=None)),
+    ('one per channel without a box, got shape', dict(eps=torch.full((3, 1, 1), .1))),
+    ('got shape .* with box None', dict(eps=torch.full((12, 1, 1, 1), .1), box=None)),
+    ('eps must be positive in every', dict(eps=torch.tensor([.1, 0., .1]).view(3, 1, 1), box=None)),
     (r'x must be \(n, c, h, w\) torch.float32', dict(x=torch.rand(12, 48))),
     (r'torch.float32 for AutoAttack, got .*float64', dict(x=torch.rand(12, 3, 4, 4).double())),
     (r'y must be \(n,\) long', dict(y=torch.full((12, 5), .2))),
@@ -322,6 +324,20 @@ def test_autoattack_through_the_door():
     ours = wrong(net, apgd(net, x, y, .12, targets=9, generator=gen()), y)
     assert (wrong(net, z, y) != ours).sum() <= 1 and ours.any()
     assert torch.equal(autoattack(net, x, y, 0.), x)
+
+
+def test_autoattack_in_other_units():
+    "Where the range of the pixels never binds, normalised inputs without a box are the same question."
+    pytest.importorskip('pyautoattack')
+    net, x, y = digits_net()
+    x, y = .3 + .4 * x[:40], y[:40]
+    mean, std, eps = .5, .2, .03
+    pixels = wrong(net, autoattack(net, x, y, eps), y)
+    other = lambda z: net(z * std + mean)
+    z = autoattack(other, (x - mean) / std, y, torch.full((1, 1, 1, 1), eps / std), box=None)
+    units = wrong(other, z, y)
+    assert 10 < pixels.sum() < 35 and (pixels != units).sum() <= 1, (pixels.sum(), units.sum())
+    assert (z * std + mean - x).abs().max() < eps + 1e-6
 
 
 @pytest.mark.cuda

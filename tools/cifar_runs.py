@@ -332,9 +332,9 @@ def pairs(model, images, cfg):
 
 
 def attacks_for(run):
-    "The form's attacks; AutoAttack needs pyautoattack, one radius and the valid range."
+    "The form's attacks; AutoAttack needs pyautoattack, and has no radius per channel in a box."
     names = FORMS[run.form]["attacks"]
-    able = run.radius == "8" and importlib.util.find_spec("pyautoattack")
+    able = run.radius != "n0.3c" and importlib.util.find_spec("pyautoattack")
     return [n for n in names if able or n != "autoattack"]
 
 
