@@ -244,7 +244,7 @@ def test_the_chapter_shows_the_code_that_was_timed():
 # ---- the script itself
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [["--only", "data", "tried"], ["--only", "step"], ["--only", "scaling"], ["--peers"], ["--epoch"]], ids=" ".join)
+@pytest.mark.parametrize("what", [["--only", "data", "tried", "crowd"], ["--only", "step"], ["--only", "scaling"], ["--peers"], ["--epoch"]], ids=" ".join)
 def test_rehearsal(what, tmp_path):
     out = tmp_path / "r.json"
     call = [sys.executable, bench.__file__, "--rehearse", "--threads", "1", "--out", str(out), *what]

@@ -642,9 +642,56 @@ def block_epoch(rounds, tiny, device):
         peak_bytes={"eager step": peak_bytes(step, device)})
 
 
+# ---- beside other programs
+
+SPINS = (300_000, 10_000)  # what libgomp does by itself, and what `import fairmix_nb` asks for
+
+
+@contextlib.contextmanager
+def neighbours(n):
+    "So many other programs that never rest."
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for program in busy:
+            program.kill()
+            program.wait()
+
+
+def step_seconds(batch, seconds):
+    "Median seconds of a training step, of all steps in about so many seconds."
+    step, each = trainer(images_of(batch), TrainCfg(batch=batch, eps=EPS)), []
+    step()
+    while len(each) < 2 or sum(each) < seconds:
+        start = time.perf_counter()
+        step()
+        each.append(time.perf_counter() - start)
+    return statistics.median(each)
+
+
+def block_crowd(rounds, tiny):
+    "A step alone and beside busy programs, by how long a waiting thread spins before it sleeps."
+    batch, limit, cores = (4, 0.2, 1) if tiny else (32, 3, os.cpu_count())
+    call = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--worker"]
+    call.append(json.dumps(dict(job="step_seconds", batch=batch, seconds=limit)))
+    found = {f"beside {k}, {n}": [] for k in (0, cores, 2 * cores) for n in SPINS}
+    for r in range(rounds):
+        for k in (0, cores, 2 * cores):
+            with neighbours(k):
+                for n in SPINS[::1 if r % 2 else -1]:
+                    env = dict(os.environ, GOMP_SPINCOUNT=str(n))
+                    said = subprocess.run(call, env=env, stdout=subprocess.PIPE, text=True, check=True)
+                    found[f"beside {k}, {n}"].append(json.loads(said.stdout.splitlines()[-1]))
+    pairs = {f"beside {k}": [f"beside {k}, {n}" for n in SPINS] for k in (0, cores, 2 * cores)}
+    return dict(config=dict(batch=batch, model="resnet20", eps=EPS, spins=SPINS), seconds=found,
+                ratios={name: ratio(found, *pair) for name, pair in pairs.items()})
+
+
 # ---- the record
 
-BLOCKS = dict(step=block_step, data=block_data, scaling=block_scaling, tried=block_tried)
+BLOCKS = dict(step=block_step, data=block_data, scaling=block_scaling, tried=block_tried,
+              crowd=block_crowd)
 
 
 def write(path, blocks, device, rounds, what):
@@ -673,8 +720,10 @@ def report(blocks):
 
 
 def worker(text, device):
-    "One of several runs on a device; prints the wall clock at the end of its epochs."
+    "A job in a process of its own: a step's seconds, or the wall clock at the end of each epoch."
     task = json.loads(text)
+    if task.pop("job", None) == "step_seconds":
+        return json.dumps(step_seconds(**task))
     return json.dumps(fit_epochs(random_data(task["n"]), task["epochs"], device, **task["options"]))
 
 
