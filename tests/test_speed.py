@@ -1,6 +1,7 @@
 "The benchmark measures what it says, and its records hold what the chapter claims"
 import ast
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -239,6 +240,14 @@ def test_the_chapter_shows_the_code_that_was_timed():
     both = set(shown) & set(timed)
     assert {"naive_step", "image_gradient_step", "wong_step", "per_class_partner", "Counter"} <= both
     assert all(shown[name] == timed[name] for name in both)
+
+
+def test_waiting_threads_sleep_sooner_unless_told_otherwise():
+    asked = "import fairmix_nb, os; print(os.environ['GOMP_SPINCOUNT'])"
+    bare = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    for env, n in ((bare, bench.SPINS[1]), (dict(bare, GOMP_SPINCOUNT="7"), 7)):
+        said = subprocess.run([sys.executable, "-c", asked], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert said.stdout.strip() == str(n), said.stderr
 
 
 # ---- the script itself
