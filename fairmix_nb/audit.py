@@ -1057,6 +1057,16 @@ def _read_state(path):
     return read_checkpoint(path) if 'schema' in found else found
 
 # %% ../nbs/12_audit.ipynb #eabefd4f
+def _as_trained(path):
+    "How the run that wrote a checkpoint loaded its images, by its record; {} where there is none"
+    record = _checkpoint_file(path).parent / 'record.json'
+    try:
+        split = json.loads(record.read_text())['data']['split']
+        keys = ('size', 'per_class', 'test_per_class') if split['rule'] == 'thirds' else ('size',)
+        return {k: split[k] for k in keys}
+    except (OSError, ValueError, KeyError, TypeError): return {}
+
+
 def audit_checkpoint(
     path: str | Path,  # a checkpoint of `fit`, or its folder
     data: str = 'digits',  # as `load` takes it; its test part is attacked
@@ -1065,14 +1075,15 @@ def audit_checkpoint(
     *,
     name: str | None = None,  # architecture, see `load_model`
     surrogate: str | Path | None = None,  # another checkpoint, for transfer
-    per_class: int | None = None,  # training images a class that the run used; None: all
+    per_class: int | None = None,  # training images a class; None: as the run's record says
     test_per_class: int | None = None,  # test images a class to attack; None: all
-    size: int | None = None,  # side of the images of a folder
+    size: int | None = None,  # side of the images; None: as the run's record says
     **kw,  # norm, box, sweep, batch, seed, device, out, resume, progress of `audit`
 ) -> AuditReport:
     "Audit a training run on the test images it never saw"
     seed = _read_state(_checkpoint_file(path)).get('cfg', {}).get('seed', 0)
-    images = load(data, seed, per_class=per_class, size=size, progress=kw.get('progress', True))
+    given = {k: v for k, v in dict(per_class=per_class, size=size).items() if v is not None}
+    images = load(data, seed, **{**_as_trained(path), **given}, progress=kw.get('progress', True))
     shape = images.test.n_cls, images.test.x.shape[1]
     model, found = load_model(path, *shape, name)
     if images.split['rule'] == 'thirds' and found.get('data', images.digest()) != images.digest():
