@@ -205,9 +205,12 @@ def check_plan(
     net: Callable,  # logits
     x: Tensor,  # one or more images `(n, ...)`
     y: Tensor,  # their classes `(n,)`
-    cfg: dict,  # attacks, sweep, eps, norm, box
+    cfg: dict,  # attacks, sweep, eps, norm, box; attacks None becomes `STANDARD`
 ) -> int:  # classes C
     "Refuse what cannot work before any long work: attacks, radius, logits, gradients"
+    predicted(net, x)
+    n_cls = net(x[:1]).shape[1]
+    if cfg['attacks'] is None: cfg['attacks'] = [a for a in STANDARD if n_cls >= 4 or a != 'apgd-t']
     plan = [attack_by_name(name) for name in cfg['attacks']]
     if not plan or len(set(cfg['attacks'])) < len(plan):
         raise ValueError(f"attacks must be at least one and all different, got {cfg['attacks']}")
@@ -215,8 +218,6 @@ def check_plan(
         raise ValueError(f"attacks must go from weak to strong, got {cfg['attacks']}")
     if not all(0 < m < math.inf for m in cfg['sweep']):
         raise ValueError(f"sweep must hold multiples of eps above 0, got {cfg['sweep']}")
-    predicted(net, x)
-    n_cls = net(x[:1]).shape[1]
     if 'apgd-t' in cfg['attacks'] and n_cls < 4:
         raise ValueError(f"'apgd-t' looks at four logits, got {n_cls} classes: use 'apgd-ce'")
     if y.max() >= n_cls:
@@ -336,7 +337,7 @@ def audit(
     model: Callable,  # logits `(n, C)` for x in [0, 1]; a module is copied, never changed
     data,  # test images: an ImageSet, a pair (x, y) of tensors, or a DataLoader
     eps: float | tuple,  # radius in pixel units of [0, 1]; a tuple: one per channel
-    attacks: tuple = STANDARD,  # from weak to strong, see `attack_by_name`
+    attacks: tuple | None = None,  # from weak to strong, see `attack_by_name`; None: `STANDARD`
     *,
     norm: str = 'linf',  # 'linf' or 'l2'
     box: tuple | None = (0., 1.),  # valid range of x; None: none
@@ -352,7 +353,8 @@ def audit(
     progress: bool = True,  # show a bar
 ) -> 'AuditReport':
     "Attack every test image and report class by class: raw and worst-case risk, and a diagnosis"
-    cfg = dict(eps=list(eps) if isinstance(eps, tuple) else eps, attacks=list(attacks), norm=norm,
+    cfg = dict(eps=list(eps) if isinstance(eps, tuple) else eps,
+               attacks=None if attacks is None else list(attacks), norm=norm,
                box=box and list(box), sweep=sorted(sweep), batch=batch, seed=seed)
     device, out = pick_device(device), out and Path(out)
     net = Counted(attackable(model, device))
@@ -1071,7 +1073,7 @@ def audit_checkpoint(
     path: str | Path,  # a checkpoint of `fit`, or its folder
     data: str = 'digits',  # as `load` takes it; its test part is attacked
     eps: float | tuple | None = None,  # radius in pixel units; None: that of the training
-    attacks: tuple = STANDARD,  # from weak to strong
+    attacks: tuple | None = None,  # from weak to strong; None: `STANDARD`
     *,
     name: str | None = None,  # architecture, see `load_model`
     surrogate: str | Path | None = None,  # another checkpoint, for transfer

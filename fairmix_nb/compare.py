@@ -640,7 +640,7 @@ def audit_arguments(a):
     a("checkpoint", type=Path, help="a run's folder or last.pt, or a file of its weights")
     a("--data", default="digits", help="what it was trained on; its test part is attacked")
     a("--eps", help="radius in pixel units; 0.06,0.06,0.06: one per channel (default: training's)")
-    a("--attacks", default=",".join(STANDARD), help="weak to strong (default: %(default)s)")
+    a("--attacks", help=f"weak to strong (default: {','.join(STANDARD)}, the last from 4 classes)")
     a("--norm", default="linf", help="linf or l2")
     a("--sweep", default="", metavar="M,M", help="multiples of eps to attack at as well")
     a("--model", help=", ".join(MODELS) + " (default: whichever fits)")
@@ -678,8 +678,8 @@ def run_audit(args):
     if args.resume and not args.out:
         raise ValueError("--resume needs --out, the folder to go on in")
     eps = args.eps and [parse_eps(e) for e in args.eps.split(",")]
-    names = [attack_by_name(name).name for name in args.attacks.split(",")]
-    attacks = tuple(names if "clean" in names else ["clean", *names])
+    names = args.attacks and [attack_by_name(name).name for name in args.attacks.split(",")]
+    attacks = names and tuple(names if "clean" in names else ["clean", *names])
     try:
         sweep = tuple(float(m) for m in args.sweep.split(",") if m)
     except ValueError:
