@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "docs")]
 import book  # noqa: E402
+import build  # noqa: E402
 
 EVERY = [book.NBS / "index.ipynb", *book.chapters()]
 
@@ -87,6 +88,8 @@ def test_every_cited_work_is_in_the_bibliography():
     for path in EVERY:
         missing = book.citations(" ".join(book.source(c) for c in book.cells(path))) - book.entries().keys()
         assert not missing, f"{path.name} cites {missing}: add an entry to docs/bibliography.md"
+    listed = (book.ROOT / "docs" / "bibliography.md").read_text(encoding="utf-8").count("\n- **")
+    assert len(book.entries()) == listed == build.bibliography_page().count("\n- **")
     assert book.citations("by Madry et al. 2018, sec. 2; Gini (1912); ICLR 2015") == {("Madry", "2018"), ("Gini", "1912")}
 
 
@@ -103,7 +106,6 @@ def test_the_glossary_binds_names_that_exist():
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("myst_nb", reason="pip install -e '.[docs]'")
-    import build
     assert build.build(tmp_path / "site") == []
     page = tmp_path / "site" / "index.html"
     page.write_text(page.read_text().replace('href="map.html"', 'href="gone.html"').replace("</main>", '<img src="x.png"></main>'))

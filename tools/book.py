@@ -320,15 +320,15 @@ def citations(text: str) -> set:
 
 
 def entries() -> dict:
-    "(first author, year) -> line of docs/bibliography.md."
+    "(first author, year) -> line of docs/bibliography.md; a second work of that author and year has the letter b after it."
     lines = (ROOT / "docs" / "bibliography.md").read_text(encoding="utf-8").splitlines()
-    return {m.groups(): line for line in lines if (m := re.match(r"- \*\*(\S+) (\d{4})\*\*", line))}
+    return {m.groups(): line for line in lines if (m := re.match(r"- \*\*(\S+) (\d{4}b?)\*\*", line))}
 
 
 def leans_on(text: str, entry: str) -> bool:
     "Does a text name the work: by author and year, or by the words after `Here:`?"
-    author, year = re.match(r"- \*\*(\S+) (\d{4})\*\*", entry).groups()
+    author, year = re.match(r"- \*\*(\S+) (\d{4}b?)\*\*", entry).groups()
     words = re.search(r"\bHere: ([^.]+)\.", entry)
-    alone = [author] * (len(author) > 4 and author not in ("Zhang", "Madry"))
+    alone = [author] * (len(author) > 4 and author not in ("Zhang", "Madry") and not year.endswith("b"))
     return (author, year) in citations(text) or any(
         re.search(rf"\b{re.escape(w)}\b", text) for w in alone + (words[1].split(", ") if words else []))
