@@ -95,8 +95,9 @@ def notebook(path, *sources):
 
 
 def workplace(top) -> dict:
-    "A copy of the notebooks without their flagged cells and outputs, and an environment of its own."
+    "A copy of the notebooks without their flagged cells and outputs, the tools beside it, and an environment of its own."
     shutil.copytree(ROOT / "nbs", top / "nbs")
+    (top / "tools").symlink_to(ROOT / "tools")
     for path in (top / "nbs").glob("*.ipynb"):
         nb = json.loads(path.read_text())
         nb["cells"] = [c for c in nb["cells"] if not {"slow", "cuda"} & book.directives(c).keys() and book.directives(c).get("eval") != "false"]
