@@ -418,6 +418,14 @@ def _untouched(model, device):
             for p in weights: p.requires_grad_(True)
             random.setstate(state)
 
+def _pyautoattack():
+    "The class of the package, or the way to get it"
+    try: from pyautoattack import AutoAttack
+    except ImportError as e:
+        raise ImportError("autoattack needs the package pyautoattack: "
+                          "pip install 'fairmix_nb[autoattack]'") from e
+    return AutoAttack
+
 def _check_autoattack(x, y, eps, box):
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError("x must be (n, c, h, w) torch.float32 for AutoAttack, got "
@@ -455,10 +463,7 @@ def autoattack(
     _one_of('norm', norm, NORMS)
     _check_autoattack(x, y, eps, box)
     n_cls = _check(x, y, eps, norm, box) if check else 0
-    try: from pyautoattack import AutoAttack
-    except ImportError as e:
-        raise ImportError("autoattack needs the package pyautoattack: "
-                          "pip install 'fairmix_nb[autoattack]'") from e
+    AutoAttack = _pyautoattack()
     logits = model(x[:1])
     if logits.shape[1] < max(4, n_cls):
         raise ValueError(f"autoattack needs logits of at least {max(4, n_cls)} classes, "
@@ -486,6 +491,12 @@ class Attack:
     def max_gradients(self) -> int:
         "The most gradients that a sample may cost"
         return self.strength[1]
+
+    def check(self, n_cls: int) -> None:
+        "Refuse before any work what cannot be done with `n_cls` classes and the packages there are"
+        if self.name in ('apgd-t', 'autoattack') and n_cls < 4:
+            raise ValueError(f"{self.name!r} needs at least 4 classes, got {n_cls}: use 'apgd-ce'")
+        if self.name == 'autoattack': _pyautoattack()
 
     def __call__(self, model, x, y, eps, *, norm='linf', box=(0., 1.), generator=None, check=True):
         "Attacked points, like `x`; `generator` draws the starts, for attacks that have them"

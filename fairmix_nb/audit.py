@@ -218,8 +218,7 @@ def check_plan(
         raise ValueError(f"attacks must go from weak to strong, got {cfg['attacks']}")
     if not all(0 < m < math.inf for m in cfg['sweep']):
         raise ValueError(f"sweep must hold multiples of eps above 0, got {cfg['sweep']}")
-    if 'apgd-t' in cfg['attacks'] and n_cls < 4:
-        raise ValueError(f"'apgd-t' looks at four logits, got {n_cls} classes: use 'apgd-ce'")
+    for p in plan: p.check(n_cls)
     if y.max() >= n_cls:
         raise ValueError(f"y must hold classes in 0..{n_cls - 1}, got {y.max().item()}")
     fgsm(net, x[:1], y[:1], radius(cfg, x), norm=cfg['norm'], box=cfg['box'])

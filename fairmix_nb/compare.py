@@ -269,11 +269,8 @@ def check_data(data, seeds, cfg, attacks):
             f"batch must be at most the {len(data.train)} training images, got {cfg.batch}: "
             f"try {max(1, len(data.train) // 8)} (--batch)"
         )
-    targeted = [a for a in attacks if a in ("apgd-t", "autoattack")]
-    if targeted and data.test.n_cls < 4:
-        raise ValueError(
-            f"{targeted[0]!r} needs at least 4 classes, got {data.test.n_cls}: use 'apgd-ce'"
-        )
+    for name in attacks:
+        attack_by_name(name).check(data.test.n_cls)
 
 
 def new_record(data, methods, seeds, attacks, model, cfg, device, load_kw):

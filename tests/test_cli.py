@@ -1,6 +1,7 @@
 "The command `fairmix`, as a user types it: what it prints, what it refuses, and what it leaves behind."
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,18 @@ def test_every_named_attack_is_open_to_a_comparison(tmp_path):
     pets = make_folder(tmp_path / "pets")
     with pytest.raises(ValueError, match="'apgd-t' needs at least 4 classes, got 2: use 'apgd-ce'"):
         compare(pets, ("at",), (0,), cfg=TrainCfg(batch=8), attacks=("clean", "apgd-t"), progress=False)
+
+
+def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert main([*QUICK, "--out", str(run)]) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    never, says = tmp_path / "never", "pip install 'fairmix_nb[autoattack]'"
+    refused(capsys, ["audit", run / "at-0", "--attacks", "clean,autoattack", "--out", never], says)
+    with pytest.raises(ImportError, match=re.escape(says)):
+        compare("digits", ("at",), (0,), attacks=("clean", "autoattack"), out=never, progress=False)
+    assert not never.exists()
 
 
 def test_audit_of_a_run_as_typed(tmp_path, capsys):

@@ -186,10 +186,10 @@ def keep_row(path, epoch, row):
     write_aside(path, json.dumps(rows | {str(epoch): row}))
 
 
-def thinned(data, ratio):
-    "Training classes of geometrically falling size, in the order of the labels."
+def thinned(data, ratio, falling=True):
+    "Training classes of geometrically falling (or rising) size, in the order of the labels."
     y, c = data.train.y.numpy(), np.arange(data.train.n_cls)
-    want = np.rint(np.bincount(y).min() * ratio ** (-c / (len(c) - 1))).astype(int)
+    want = np.rint(np.bincount(y).min() * ratio ** (-(c if falling else c[::-1]) / (len(c) - 1))).astype(int)
     kept = rank_in_class(y, np.random.RandomState(0)) < want[y]
     train = data.train.subset(torch.from_numpy(np.flatnonzero(kept)))
     return replace(data, train=train, split=dict(data.split, per_class=want.tolist()))

@@ -13,15 +13,14 @@ import json
 import math
 import time
 from dataclasses import asdict
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
+from cifar_runs import thinned
+
 from fairmix_nb.data import load
-from fairmix_nb.data import rank_in_class
 from fairmix_nb.data import write_aside
 from fairmix_nb.models import build
 from fairmix_nb.risk import pack_flags
@@ -62,16 +61,6 @@ class Adjusted(nn.Module):
 
     def forward(self, x):
         return self.net(x) + self.shift if self.training else self.net(x)
-
-
-def thinned(data, falling):
-    "Training classes of geometrically falling (or rising) size."
-    y = data.train.y.numpy()
-    most, c = np.bincount(y).min(), np.arange(data.train.n_cls)
-    want = np.rint(most * RATIO ** -((c if falling else c[::-1]) / (len(c) - 1))).astype(int)
-    kept = rank_in_class(y, np.random.RandomState(0)) < want[y]
-    train = data.train.subset(torch.from_numpy(np.flatnonzero(kept)))
-    return replace(data, train=train, split=dict(data.split, per_class=want.tolist()))
 
 
 def network(model, tau, prior, seed):
@@ -130,7 +119,7 @@ def main(words=None):
     for seed in range(args.folds):
         whole = load("digits", seed, progress=False)
         for falling in (True, False):
-            data = thinned(whole, falling)
+            data = thinned(whole, RATIO, falling)
             for model in args.models:
                 for name, how in methods().items():
                     runs.append(one(model, name, how, data, falling, seed, args.epochs))
