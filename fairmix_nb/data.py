@@ -274,10 +274,12 @@ def list_images(
 ) -> tuple: # class names, files relative to `folder`, labels
     "Image files below each class folder, in the order of torchvision's `ImageFolder`."
     folder = Path(folder)
-    found = {d.name: sorted(str(Path(at, f).relative_to(folder))
-                            for at, _, names in os.walk(d, followlinks=True) for f in names
-                            if f.lower().endswith(EXTENSIONS) and not f.startswith('.'))
-             for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith('.')}
+    shown = lambda path: not any(part.startswith('.') for part in path.relative_to(folder).parts)
+    found = {d.name: [str(Path(at, f).relative_to(folder))
+                      for at, _, names in sorted(os.walk(d, followlinks=True))
+                      for f in sorted(names)
+                      if f.lower().endswith(EXTENSIONS) and shown(Path(at, f))]
+             for d in sorted(folder.iterdir()) if d.is_dir() and shown(d)}
     if not found: raise ValueError(f"{folder} must hold one folder per class, got none")
     for name, files in found.items():
         if not files: raise ValueError(f"class {name!r} must have images ({' '.join(EXTENSIONS)}), "

@@ -205,7 +205,7 @@ def worst_difference(
     n_cls: int, # number of classes C
     level: float = .95, # confidence, in (0, 1)
 ) -> Paired: # worst-class risk of b minus that of a (risks averaged over seeds)
-    "The same difference with guaranteed coverage, whichever classes are worst (Bonferroni)."
+    "Difference of worst-class risks, seeds averaged first; guaranteed for one seed (Bonferroni)"
     a, b = _pair(a, b, level)
     k, n = class_counts(np.stack([a, b, b & ~a, a & ~b]), y, n_cls)
     k, n = k.mean(1)[:, n > 0], n[n > 0]
