@@ -127,9 +127,9 @@ CONTROLS = ("any_mix", "self_mix")
 RARE = dict(ratio=10)
 GRID = [
     *runs_of("cpu", 1, PAIR, ["n0.3"], 2),
-    *runs_of("cpu", 2, PAIR, ["8"], 2),
+    *runs_of("cpu", 2, PAIR, ["8"], 3),
     *runs_of("cpu", 3, ("any_mix",), ["n0.3"], 2),
-    *runs_of("cpu", 3, ("mix_attack",), ["n0.3"], 1),
+    *runs_of("cpu", 3, ("mix_attack",), ["n0.3"], 2),
     *runs_of("gpu", 1, PAIR, ["n0.3"], 5),
     *runs_of("gpu", 2, PAIR, ["8"], 3, attack="nfgsm"),
     *runs_of("gpu", 2, PAIR, ["8"], 3, attack="pgd"),
