@@ -187,3 +187,12 @@ def test_a_label_out_of_range_is_refused_wherever_it_stands(digits):
     y[-1] = 10
     with pytest.raises(ValueError, match=r'classes in 0..9, got 10'):
         audit(small_cnn(10, 1), (digits.floats(), y), .1, ('clean',), **QUIET)
+
+
+@pytest.mark.parametrize("box, low, high", [(None, -1, 1), ((-1.0, 1.0), -1, 1), ((0.0, 2.0), 0, 2)])
+def test_images_beyond_zero_and_one_are_diagnosed(box, low, high):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    x = low + (high - low) * torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    report = audit(net, (x, torch.arange(40) % 4), 0.1, ("clean", "fgsm"), box=box, progress=False)
+    (found,) = (c for c in report.record["diagnosis"] if c["check"] == "valid range")
+    assert found["state"] == ("skipped" if box is None else "note")
