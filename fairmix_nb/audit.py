@@ -989,8 +989,8 @@ class PairedReports:
     def __str__(self):
         body = [[r['name'][:12], short(r['a']), short(r['b']), f"{r['diff']:+.3f}",
                  f"{r['p']:.2g}"] for r in self.rows]
-        ends = [('worst class', self.worst), ('worst, guaranteed', self.guaranteed),
-                ('average', self.average)]
+        ends = [('worst class', self.worst), ('average', self.average),
+                ('worst, guaranteed' if self.seeds == 1 else 'worst, wide', self.guaranteed)]
         show = [f'{what:<18} {d.diff:+.3f} [{d.lo:+.3f}, {d.hi:+.3f}]' for what, d in ends]
         return '\n'.join([columns([['worst-case risk', 'a', 'b', 'b - a', 'p'], *body]), '', *show])
 
