@@ -36,6 +36,7 @@ from fairmix_nb.data import write_aside
 from fairmix_nb.models import CIFAR_STD
 from fairmix_nb.models import build
 from fairmix_nb.models import fold_batchnorm
+from fairmix_nb.risk import classwise_risk
 from fairmix_nb.risk import pack_flags
 from fairmix_nb.train import ALL
 from fairmix_nb.train import TrainCfg
@@ -51,7 +52,7 @@ from fairmix_nb.train import spread_subset
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-WATCHED = 250  # validation images of the curves, classes alike
+WATCHED = 500  # validation images of the curves, classes alike
 
 # The grid as data: what a method, a radius and an attack in training mean, then blocks of runs.
 METHODS = dict(compare.METHODS, self_mix=dict(pipeline=("attack", "mix"), partner="self"))
@@ -74,6 +75,7 @@ ATTACKS = dict(
 CPU = ("clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t")
 FORMS = dict(
     cpu=dict(epochs=5, audited=500, attacks=CPU),
+    full=dict(epochs=80, audited=1000, attacks=CPU),
     gpu=dict(epochs=80, audited=1000, attacks=(*CPU, "autoattack")),
 )
 
@@ -82,7 +84,7 @@ FORMS = dict(
 class Run:
     "One training: its name says everything but the recipe all share."
 
-    form: str  # 'cpu' or 'gpu'
+    form: str  # of FORMS
     block: int
     method: str  # of METHODS
     radius: str  # of RADII
@@ -130,6 +132,8 @@ GRID = [
     *runs_of("cpu", 2, PAIR, ["8"], 3),
     *runs_of("cpu", 3, ("any_mix",), ["n0.3"], 2),
     *runs_of("cpu", 3, ("mix_attack",), ["n0.3"], 2),
+    *runs_of("full", 1, PAIR[::-1], ["n0.3"], 2),
+    *runs_of("full", 2, ("any_mix",), ["n0.3"], 2),
     *runs_of("gpu", 1, PAIR, ["n0.3"], 5),
     *runs_of("gpu", 2, PAIR, ["8"], 3, attack="nfgsm"),
     *runs_of("gpu", 2, PAIR, ["8"], 3, attack="pgd"),
@@ -177,7 +181,10 @@ def watch(model, images, cfg):
     generator = torch.Generator(x.device).manual_seed(0)
     cosine = alignment(fold_batchnorm(model), x, images.y, as_eps(cfg.eps, x), cfg.box, generator)
     row = {name: round(w.float().mean().item(), 4) for name, w in wrong.items()}
-    return row | dict(alignment=round(cosine, 4))
+    y, n_cls = images.y.cpu().numpy(), images.n_cls
+    by_class = {name: classwise_risk(wrong[name].cpu().numpy(), y, n_cls).round(4).tolist()
+                for name in ("fgsm", "pgd-20")}
+    return row | dict(alignment=round(cosine, 4), by_class=by_class)
 
 
 def keep_row(path, epoch, row):
