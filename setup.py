@@ -1,4 +1,5 @@
 "Everything is said once, in settings.ini; each `<name>_requirements` there becomes the extra `<name>`."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -24,7 +25,9 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={k.removesuffix(suffix): v.split() for k, v in cfg.items() if k.endswith(suffix)},
+    extras_require={
+        k.removesuffix(suffix): v.split() for k, v in cfg.items() if k.endswith(suffix)
+    },
     entry_points={"console_scripts": cfg["console_scripts"].splitlines()},
     zip_safe=False,
 )

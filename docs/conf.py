@@ -1,4 +1,5 @@
 "Sphinx's settings; docs/build.py stages the sources and calls it."
+
 project = "fairmix_nb"
 author = copyright = "The fairmix_nb developers"  # noqa: A001
 html_title = "fairmix_nb"

@@ -13,8 +13,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -26,27 +25,36 @@ def cross_entropy(
     y: torch.Tensor,  # classes `(n,)` long, or class probabilities `(n, C)`
 ) -> torch.Tensor:  # one loss per sample `(n,)`
     "The attacked loss: cross-entropy of each sample, not averaged"
-    return F.cross_entropy(logits, y, reduction='none')
+    return F.cross_entropy(logits, y, reduction="none")
+
 
 def _enough_logits(logits, n_cls):
     if n_cls > logits.shape[-1]:
-        raise ValueError(f"y must hold classes below {logits.shape[-1]}, the number of logits, "
-                         f"got {n_cls - 1}")
+        raise ValueError(
+            f"y must hold classes below {logits.shape[-1]}, the number of logits, got {n_cls - 1}"
+        )
+
 
 def _objective(loss, y, targeted, n_cls):
     "What an attack raises, as a function of the logits: the loss, or minus the loss of the target"
+
     def value(logits):
         _enough_logits(logits, n_cls)
         v = loss(logits, y)
         if v.shape != (len(y),):
-            raise ValueError(f"loss must return one value per sample, shape ({len(y)},), "
-                             f"got {tuple(v.shape)}")
+            raise ValueError(
+                f"loss must return one value per sample, shape ({len(y)},), got {tuple(v.shape)}"
+            )
         return -v if targeted else v
+
     return value
 
 # %% ../nbs/07_attacks.ipynb #7106c7dc
-NO_GRAD = ("model(x) must depend on x differentiably, got no gradient: are the logits detached, "
-           "made under no_grad or inference_mode, or an argmax?")
+NO_GRAD = (
+    "model(x) must depend on x differentiably, got no gradient: are the logits detached, "
+    "made under no_grad or inference_mode, or an argmax?"
+)
+
 
 def _value_and_grad(model, z, value):
     "Values `(n,)` at the points `z` and their gradient with respect to `z`, and to nothing else"
@@ -54,85 +62,116 @@ def _value_and_grad(model, z, value):
         z = z.detach().requires_grad_()
         v = value(model(z))
         g = torch.autograd.grad(v.sum(), z, allow_unused=True)[0] if v.requires_grad else None
-    if g is None: raise ValueError(NO_GRAD)
+    if g is None:
+        raise ValueError(NO_GRAD)
     return v.detach(), g
 
 # %% ../nbs/07_attacks.ipynb #41907a5e
-def _linf_direction(g): return g.sign()
-def _linf_project(d, eps): return d.clamp(-eps, eps)
+def _linf_direction(g):
+    return g.sign()
+
+
+def _linf_project(d, eps):
+    return d.clamp(-eps, eps)
+
 
 def _linf_start(x, eps, generator):
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     return (2 * u - 1) * eps
 
+
 def _length(v):
     "Euclidean length of each sample `(n, 1, ..., 1)`, never of the whole batch"
     return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
+
 
 def _l2_direction(g):
     tiny = torch.finfo(g.dtype).tiny
     g = g / g.abs().amax(tuple(range(1, g.ndim)), keepdim=True).clamp_min(tiny)
     return g / _length(g).clamp_min(tiny)
 
+
 def _l2_project(d, eps):
     return d * (eps / _length(d).clamp_min(torch.finfo(d.dtype).tiny)).clamp_max(1)
+
 
 def _l2_start(x, eps, generator):
     like = dict(generator=generator, dtype=x.dtype, device=x.device)
     radius = torch.rand(len(x), *[1] * (x.ndim - 1), **like) ** (1 / x[0].numel())
     return eps * radius * _l2_direction(torch.randn(x.shape, **like))
 
-NORMS = {'linf': (_linf_direction, _linf_project, _linf_start),
-         'l2': (_l2_direction, _l2_project, _l2_start)}
+
+NORMS = {
+    "linf": (_linf_direction, _linf_project, _linf_start),
+    "l2": (_l2_direction, _l2_project, _l2_start),
+}
 
 # %% ../nbs/07_attacks.ipynb #ce8b3fac
 def _one_of(what, name, names):
     "Refuse a `name` that is not among `names`, with the nearest that is"
-    if name in names: return
+    if name in names:
+        return
     near = difflib.get_close_matches(str(name), names, 1, 0)
-    raise ValueError(f"{what} must be one of {', '.join(map(repr, names))}, got {name!r}: "
-                     f"did you mean {near[0]!r}?")
+    raise ValueError(
+        f"{what} must be one of {', '.join(map(repr, names))}, got {name!r}: "
+        f"did you mean {near[0]!r}?"
+    )
+
 
 def _check_x(x, box):
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}: x.float() / 255 makes pixels")
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"x must have shape (n, ...) with n >= 1, got {tuple(x.shape)}")
-    if box is None: return
+    if box is None:
+        return
     lo, hi = (v.item() for v in x.aminmax())
     if not (box[0] <= lo and hi <= box[1]):
-        raise ValueError(f"x must lie in the box [{box[0]}, {box[1]}], got min {lo:.4g}, "
-                         f"max {hi:.4g}; box=None switches the valid range off")
+        raise ValueError(
+            f"x must lie in the box [{box[0]}, {box[1]}], got min {lo:.4g}, "
+            f"max {hi:.4g}; box=None switches the valid range off"
+        )
 
 # %% ../nbs/07_attacks.ipynb #90196f16
 def _check_eps(eps, x, norm, box):
     e, each = torch.as_tensor(eps), (len(x), *[1] * (x.ndim - 1))
-    try: fits = torch.broadcast_shapes(e.shape, x.shape) == x.shape
-    except RuntimeError: fits = False
-    if norm == 'l2' or e.ndim == 1 < x.ndim - 1:   # (n,) would vary along the image's columns
+    try:
+        fits = torch.broadcast_shapes(e.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if norm == "l2" or e.ndim == 1 < x.ndim - 1:  # (n,) would vary along the image's columns
         fits = fits and (e.numel() == 1 or e.shape == each)
     if not fits:
-        raise ValueError(f"eps must be a number or broadcast to x {tuple(x.shape)}, one per sample "
-                         f"as {each} (the only tensor for l2), got {tuple(e.shape)}")
+        raise ValueError(
+            f"eps must be a number or broadcast to x {tuple(x.shape)}, one per sample "
+            f"as {each} (the only tensor for l2), got {tuple(e.shape)}"
+        )
     most = math.inf if box is None else box[1] - box[0]
-    if norm == 'l2': most *= math.sqrt(x[0].numel())
+    if norm == "l2":
+        most *= math.sqrt(x[0].numel())
     bad = e[~((e >= 0) & (e <= most) & e.isfinite())]
     if len(bad):
-        raise ValueError(f"eps must be finite and lie in [0, {most:.4g}], got {bad[0].item():.4g}; "
-                         "radii are in the units of x: 8/255 for pixels, not 8")
+        raise ValueError(
+            f"eps must be finite and lie in [0, {most:.4g}], got {bad[0].item():.4g}; "
+            "radii are in the units of x: 8/255 for pixels, not 8"
+        )
 
 # %% ../nbs/07_attacks.ipynb #a67e0a93
 def _check_y(y, x):
     "Refuse labels that do not fit `x`; returns the number of classes they need"
     if len(y) != len(x):
         raise ValueError(f"y must hold one label per sample, {len(x)} of them, got {len(y)}")
-    if y.is_floating_point(): return y.shape[1] if y.ndim == 2 else 0
+    if y.is_floating_point():
+        return y.shape[1] if y.ndim == 2 else 0
     if y.dtype != torch.long or y.ndim != 1:
-        raise ValueError("y must be (n,) long or (n, C) floating point, got "
-                         f"{tuple(y.shape)} {y.dtype}")
+        raise ValueError(
+            f"y must be (n,) long or (n, C) floating point, got {tuple(y.shape)} {y.dtype}"
+        )
     lo, hi = (v.item() for v in y.aminmax())
-    if lo < 0: raise ValueError(f"y must hold classes from 0 upwards, got {lo}")
+    if lo < 0:
+        raise ValueError(f"y must hold classes from 0 upwards, got {lo}")
     return hi + 1
+
 
 def _check(x, y, eps, norm, box):
     "All checks that cost a look at the data, once per call; returns the classes needed"
@@ -143,7 +182,9 @@ def _check(x, y, eps, norm, box):
     return _check_y(y, x)
 
 # %% ../nbs/07_attacks.ipynb #183f6f87
-def _clip(z, box): return z if box is None else z.clamp(*box)
+def _clip(z, box):
+    return z if box is None else z.clamp(*box)
+
 
 @torch.no_grad()
 def fgsm(
@@ -152,16 +193,17 @@ def fgsm(
     y: torch.Tensor,  # classes `(n,)` long, or class probabilities `(n, C)`
     eps: float | torch.Tensor,  # radius in units of `x` (8/255 in pixels), broadcastable to `x`
     *,
-    norm: str = 'linf',  # 'linf' or 'l2'
-    box: tuple[float, float] | None = (0., 1.),  # valid range of `x`; None: none
+    norm: str = "linf",  # 'linf' or 'l2'
+    box: tuple[float, float] | None = (0.0, 1.0),  # valid range of `x`; None: none
     loss: Callable = cross_entropy,  # `loss(logits, y)` -> `(n,)`
     targeted: bool = False,  # True: `y` is the class to reach
     check: bool = True,  # False: trust the arguments (training loops; saves GPU syncs)
 ) -> torch.Tensor:  # attacked points, like `x`
     "One step from `x` to the edge of the ball, along the gradient - Goodfellow et al. 2015, sec. 4"
-    _one_of('norm', norm, NORMS)
+    _one_of("norm", norm, NORMS)
     n_cls = _check(x, y, eps, norm, box) if check else 0
-    if isinstance(eps, torch.Tensor): eps = eps.to(x)
+    if isinstance(eps, torch.Tensor):
+        eps = eps.to(x)
     _, g = _value_and_grad(model, x, _objective(loss, y, targeted, n_cls))
     return _clip(x + eps * NORMS[norm][0](g), box)
 
@@ -175,17 +217,20 @@ def _path(model, z, x, eps, steps, step_size, norm, box, value):
         z = _clip(x + project(z - x + step_size * direction(g), eps), box)
     yield z, None
 
+
 def _starts(x, eps, norm, box, random_start, restarts, generator):
     "Where the ascents begin, drawn one at a time: more restarts keep the earlier ones"
     for _ in range(restarts):
         yield _clip(x + NORMS[norm][2](x, eps, generator), box) if random_start else x
+
 
 def _worst(model, x, value, paths):
     "Per sample the point of largest value on all `paths`, `x` included"
     best, top = x, value(model(x))
     for path in paths:
         for z, v in path:
-            if v is None: v = value(model(z))
+            if v is None:
+                v = value(model(z))
             up = v > top
             best = torch.where(up.view(-1, *[1] * (x.ndim - 1)), z, best)
             top = torch.where(up, v, top)
@@ -194,19 +239,25 @@ def _worst(model, x, value, paths):
 # %% ../nbs/07_attacks.ipynb #12e5cecd
 def _check_run(x, norm, keep, steps, step_size, restarts, random_start, generator):
     "The checks that look at no data, always done"
-    _one_of('norm', norm, NORMS)
-    _one_of('keep', keep, ('best', 'last'))
-    if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
-    if restarts < 1: raise ValueError(f"restarts must be at least 1, got {restarts}")
-    if restarts > 1 and not (random_start and keep == 'best'):
-        raise ValueError("restarts > 1 needs random_start=True and keep='best', got "
-                         f"random_start={random_start}, keep={keep!r}")
+    _one_of("norm", norm, NORMS)
+    _one_of("keep", keep, ("best", "last"))
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    if restarts > 1 and not (random_start and keep == "best"):
+        raise ValueError(
+            "restarts > 1 needs random_start=True and keep='best', got "
+            f"random_start={random_start}, keep={keep!r}"
+        )
     if random_start and generator is None:
-        raise ValueError("random_start needs a generator (the global random state is never used), "
-                         "got None")
+        raise ValueError(
+            "random_start needs a generator (the global random state is never used), got None"
+        )
     if random_start and generator.device.type != x.device.type:
-        raise ValueError(f"generator must live on {x.device.type} like x, "
-                         f"got {generator.device.type}")
+        raise ValueError(
+            f"generator must live on {x.device.type} like x, got {generator.device.type}"
+        )
     if isinstance(step_size, (int, float)) and not 0 < step_size < math.inf:
         raise ValueError(f"step_size must be positive and finite, got {step_size}")
 
@@ -220,13 +271,13 @@ def pgd(
     steps: int = 10,  # gradient steps per start
     step_size: float | torch.Tensor | None = None,  # None: 2.5 eps/steps
     *,
-    norm: str = 'linf',  # 'linf' or 'l2'
+    norm: str = "linf",  # 'linf' or 'l2'
     random_start: bool = True,  # uniform in the ball, needs `generator`; False: start at `x`
     restarts: int = 1,  # independent starts; more than one needs keep='best'
     targeted: bool = False,  # True: `y` is the class to reach
     loss: Callable = cross_entropy,  # `loss(logits, y)` -> `(n,)`
-    keep: str = 'best',  # 'best': each sample's worst point seen, `x` included; 'last': the last
-    box: tuple[float, float] | None = (0., 1.),  # valid range of `x`; None: none
+    keep: str = "best",  # 'best': each sample's worst point seen, `x` included; 'last': the last
+    box: tuple[float, float] | None = (0.0, 1.0),  # valid range of `x`; None: none
     generator: torch.Generator | None = None,  # draws the starts, on the device of `x`
     check: bool = True,  # False: trust the data (training loops; saves GPU syncs)
 ) -> torch.Tensor:  # attacked points, like `x`
@@ -235,30 +286,38 @@ def pgd(
     value = _objective(loss, y, targeted, _check(x, y, eps, norm, box) if check else 0)
     x, eps = x.detach(), eps.to(x) if isinstance(eps, torch.Tensor) else eps
     size = 2.5 * eps / steps if step_size is None else step_size
-    paths = (_path(model, z, x, eps, steps, size, norm, box, value)
-             for z in _starts(x, eps, norm, box, random_start, restarts, generator))
-    if keep == 'best': return _worst(model, x, value, paths)
-    for z, _ in next(paths): pass
+    paths = (
+        _path(model, z, x, eps, steps, size, norm, box, value)
+        for z in _starts(x, eps, norm, box, random_start, restarts, generator)
+    )
+    if keep == "best":
+        return _worst(model, x, value, paths)
+    for z, _ in next(paths):
+        pass
     return z
 
 # %% ../nbs/07_attacks.ipynb #df85fa75
 def _classes_for(what, logits, y, least):
     "Refuse what a difference of logits cannot use"
     if logits.ndim != 2 or logits.shape[1] < least:
-        raise ValueError(f"{what} needs logits (n, C) of at least {least} classes, got "
-                         f"{tuple(logits.shape)}: cross_entropy takes any number")
+        raise ValueError(
+            f"{what} needs logits (n, C) of at least {least} classes, got "
+            f"{tuple(logits.shape)}: cross_entropy takes any number"
+        )
     if y.ndim != 1 or y.dtype != torch.long:
         raise ValueError(f"{what} needs classes (n,) long, got {tuple(y.shape)} {y.dtype}")
+
 
 def dlr(
     logits: torch.Tensor,  # `(n, C)`, C >= 3
     y: torch.Tensor,  # classes `(n,)` long
 ) -> torch.Tensor:  # one loss per sample `(n,)`, positive where the model is wrong
     "Best wrong logit minus the true one, over first minus third - Croce & Hein 2020, eq. (6)"
-    _classes_for('dlr', logits, y, 3)
+    _classes_for("dlr", logits, y, 3)
     top, true = logits.topk(3).values, y[:, None]
     other = logits.scatter(1, true, -math.inf).amax(1)
     return (other - logits.gather(1, true)[:, 0]) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
+
 
 def dlr_targeted(
     logits: torch.Tensor,  # `(n, C)`, C >= 4
@@ -266,7 +325,7 @@ def dlr_targeted(
     target: torch.Tensor,  # the class to reach `(n,)` long
 ) -> torch.Tensor:  # one loss per sample `(n,)`, positive where the target beats the true class
     "Target's logit minus the true one, scaled by the top four - Croce & Hein 2020, eq. (7)"
-    _classes_for('dlr_targeted', logits, y, 4)
+    _classes_for("dlr_targeted", logits, y, 4)
     top = logits.topk(4).values
     up, down = (logits.gather(1, t[:, None])[:, 0] for t in (target, y))
     return (up - down) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-12)
@@ -274,23 +333,32 @@ def dlr_targeted(
 # %% ../nbs/07_attacks.ipynb #9f6497a1
 def _checkpoints(steps):
     "Steps after which Auto-PGD looks back, each with the steps since the one before"
-    p = [0, 22]   # in hundredths of all steps
-    while p[-1] <= 100: p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
+    p = [0, 22]  # in hundredths of all steps
+    while p[-1] <= 100:
+        p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
     w = sorted({-(-q * steps // 100) for q in p[:-1]})
     return {b: b - a for a, b in zip([0] + w, w)}
 
+
 class _Rows(SimpleNamespace):
     "Tensors with one row per sample, cut together"
-    def keep(self, rows): return _Rows(**{k: v[rows] for k, v in vars(self).items()})
 
-def _rows(v, like): return v.view(-1, *[1] * (like.ndim - 1))
+    def keep(self, rows):
+        return _Rows(**{k: v[rows] for k, v in vars(self).items()})
+
+
+def _rows(v, like):
+    return v.view(-1, *[1] * (like.ndim - 1))
+
 
 def _look(model, s, loss, slope):
     "At the points `s.z`: the loss, its slope where asked for, and where the model is wrong"
     seen = []
+
     def value(logits):
         seen.append(logits.detach().argmax(1))
         return loss(logits, s)
+
     now, g = _value_and_grad(model, s.z, value) if slope else (value(model(s.z)), s.g)
     return now, g, seen[0] != s.y
 
@@ -310,41 +378,66 @@ def _climb(model, s, loss, steps, norm, rho, box):
     direction, project, _ = NORMS[norm]
     n, marks, zero = len(s.x), _checkpoints(steps), torch.zeros_like(s.x.flatten(1)[:, 0])
     end, top, broken = s.z.clone(), zero + math.inf, zero > 0
-    s = _Rows(**vars(s), id=torch.arange(n, device=s.x.device), z_old=s.z, best=s.z, g=s.z,
-              best_g=s.z, now=top, top=-top, top_then=-top, rises=zero, halved=broken,
-              eta=2 * s.eps)
-    def inside(z): return _clip(s.x + project(z - s.x, s.eps), box)
+    s = _Rows(
+        **vars(s),
+        id=torch.arange(n, device=s.x.device),
+        z_old=s.z,
+        best=s.z,
+        g=s.z,
+        best_g=s.z,
+        now=top,
+        top=-top,
+        top_then=-top,
+        rises=zero,
+        halved=broken,
+        eta=2 * s.eps,
+    )
+
+    def inside(z):
+        return _clip(s.x + project(z - s.x, s.eps), box)
+
     for k in range(steps + 1):
         s.old = s.now
         s.now, s.g, wrong = _look(model, s, loss, k < steps)
         if wrong.any():
             end[s.id[wrong]], broken[s.id[wrong]] = s.z[wrong], True
             s = s.keep(~wrong)
-            if not len(s.id): return end, top, broken
+            if not len(s.id):
+                return end, top, broken
         up = s.now > s.top
         s.top = torch.where(up, s.now, s.top)
         s.best = torch.where(_rows(up, s.x), s.z, s.best)
         s.best_g = torch.where(_rows(up, s.x), s.g, s.best_g)
-        if k == steps: break
-        if k - 1 in marks: _look_back(s, rho, marks[k - 1])
+        if k == steps:
+            break
+        if k - 1 in marks:
+            _look_back(s, rho, marks[k - 1])
         s.rises = s.rises + (s.now > s.old)
         z = inside(s.z + s.eta * direction(s.g))
-        if k: z = inside(s.z + .75 * (z - s.z) + .25 * (s.z - s.z_old))
+        if k:
+            z = inside(s.z + 0.75 * (z - s.z) + 0.25 * (s.z - s.z_old))
         s.z_old, s.z = s.z, z
     end[s.id], top[s.id] = s.best, s.top
     return end, top, broken
 
 # %% ../nbs/07_attacks.ipynb #741ffbfa
 def _check_apgd(x, y, norm, steps, restarts, targets, rho, loss, generator):
-    _check_run(x, norm, 'best', steps, None, restarts, True, generator)
+    _check_run(x, norm, "best", steps, None, restarts, True, generator)
     if y.ndim != 1 or y.is_floating_point():
-        raise ValueError("y must be (n,) long, since apgd stops where the class is wrong, got "
-                         f"{tuple(y.shape)} {y.dtype}")
-    if targets < 0: raise ValueError(f"targets must be at least 0, got {targets}")
+        raise ValueError(
+            "y must be (n,) long, since apgd stops where the class is wrong, got "
+            f"{tuple(y.shape)} {y.dtype}"
+        )
+    if targets < 0:
+        raise ValueError(f"targets must be at least 0, got {targets}")
     if targets and loss is not cross_entropy:
-        raise ValueError("targets > 0 climbs the targeted DLR and needs the default loss, "
-                         f"got {getattr(loss, '__name__', loss)}")
-    if not 0 <= rho <= 1: raise ValueError(f"rho must lie in [0, 1], got {rho}")
+        raise ValueError(
+            "targets > 0 climbs the targeted DLR and needs the default loss, "
+            f"got {getattr(loss, '__name__', loss)}"
+        )
+    if not 0 <= rho <= 1:
+        raise ValueError(f"rho must lie in [0, 1], got {rho}")
+
 
 @torch.no_grad()
 def apgd(
@@ -354,12 +447,12 @@ def apgd(
     eps: float | torch.Tensor,  # radius in units of `x` (8/255 in pixels), broadcastable to `x`
     steps: int = 100,  # gradient steps per run; a sample costs at most runs x steps gradients
     *,
-    norm: str = 'linf',  # 'linf' or 'l2'
+    norm: str = "linf",  # 'linf' or 'l2'
     loss: Callable = cross_entropy,  # `loss(logits, y)` -> `(n,)`, for example `dlr`
     restarts: int = 1,  # random starts
     targets: int = 0,  # k > 0: `dlr_targeted` at the k likeliest wrong classes, a run for each
-    rho: float = .75,  # halve the step if fewer than this share of steps raised the loss
-    box: tuple[float, float] | None = (0., 1.),  # valid range of `x`; None: none
+    rho: float = 0.75,  # halve the step if fewer than this share of steps raised the loss
+    box: tuple[float, float] | None = (0.0, 1.0),  # valid range of `x`; None: none
     generator: torch.Generator,  # draws the starts, on the device of `x`
     check: bool = True,  # False: trust the data
 ) -> torch.Tensor:  # per sample a misclassified point if one was found, else that of largest loss
@@ -370,12 +463,16 @@ def apgd(
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
     each = eps.view(*[1] * (x.ndim - eps.ndim), *eps.shape).expand(len(x), *[-1] * (x.ndim - 1))
     rival = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
-    def value(logits, s): return dlr_targeted(logits, s.y, s.goal) if targets else loss(logits, s.y)
+
+    def value(logits, s):
+        return dlr_targeted(logits, s.y, s.goal) if targets else loss(logits, s.y)
+
     top = _objective(lambda l, y: value(l, _Rows(y=y, goal=rival[:, 0])), y, False, 0)(logits)
     end, todo = x.clone(), (logits.argmax(1) == y).nonzero()[:, 0]
-    runs = [goal for _ in range(restarts) for goal in rival.T[:targets or 1]]
+    runs = [goal for _ in range(restarts) for goal in rival.T[: targets or 1]]
     for goal, z in zip(runs, _starts(x, eps, norm, box, True, len(runs), generator)):
-        if not len(todo): break
+        if not len(todo):
+            break
         s = _Rows(x=x, y=y, eps=each, z=z, goal=goal).keep(todo)
         found, best, broken = _climb(model, s, value, steps, norm, rho, box)
         up = best > top[todo]
@@ -390,12 +487,14 @@ def _per_channel(std):
         raise ValueError(f"std must hold one positive number per channel, got {std.tolist()}")
     return std.view(1, -1, 1, 1)
 
+
 def in_pixels(
     eps: float | torch.Tensor,  # radius in normalised units
     std: tuple,  # the divisor of each channel, in pixel units of [0, 1]
 ) -> torch.Tensor:  # the same radius in pixel units, per channel `(1, c, 1, 1)`
     "A radius given after normalisation, in the pixel units that the attacks take"
     return eps * _per_channel(std)
+
 
 def in_normalised(
     eps: float | torch.Tensor,  # radius in pixel units of [0, 1]
@@ -408,41 +507,53 @@ def in_normalised(
 @contextlib.contextmanager
 def _untouched(model, device):
     "Random states and parameter gradients are after the block what they were before"
-    weights = [p for p in getattr(model, 'parameters', tuple)() if p.requires_grad]
+    weights = [p for p in getattr(model, "parameters", tuple)() if p.requires_grad]
     state = random.getstate()
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            for p in weights: p.requires_grad_(False)
+            for p in weights:
+                p.requires_grad_(False)
             yield
         finally:
-            for p in weights: p.requires_grad_(True)
+            for p in weights:
+                p.requires_grad_(True)
             random.setstate(state)
+
 
 def _pyautoattack():
     "The class of the package, or the way to get it"
-    try: from pyautoattack import AutoAttack
+    try:
+        from pyautoattack import AutoAttack
     except ImportError as e:
-        raise ImportError("autoattack needs the package pyautoattack: "
-                          "pip install 'fairmix_nb[autoattack]'") from e
+        raise ImportError(
+            "autoattack needs the package pyautoattack: pip install 'fairmix_nb[autoattack]'"
+        ) from e
     return AutoAttack
+
 
 def _check_autoattack(x, y, eps, box):
     if x.ndim != 4 or x.dtype != torch.float32:
-        raise ValueError("x must be (n, c, h, w) torch.float32 for AutoAttack, got "
-                         f"{tuple(x.shape)} {x.dtype}")
-    if y.ndim != 1: raise ValueError(f"y must be (n,) long, got {tuple(y.shape)} {y.dtype}")
+        raise ValueError(
+            f"x must be (n, c, h, w) torch.float32 for AutoAttack, got {tuple(x.shape)} {x.dtype}"
+        )
+    if y.ndim != 1:
+        raise ValueError(f"y must be (n,) long, got {tuple(y.shape)} {y.dtype}")
     e = torch.as_tensor(eps)
     if e.numel() > 1 and (box is not None or e.ndim == x.ndim and len(e) > 1):
-        raise ValueError("eps must be one number for AutoAttack, or one per channel without a box, "
-                         f"got shape {tuple(e.shape)} with box {box}: use apgd")
+        raise ValueError(
+            "eps must be one number for AutoAttack, or one per channel without a box, "
+            f"got shape {tuple(e.shape)} with box {box}: use apgd"
+        )
     if e.numel() > 1 and e.min() <= 0:
         raise ValueError(f"eps must be positive in every channel, got {e.flatten().tolist()}")
 
+
 def _unit_cube(x, eps, box):
     "Factor a and shift b with x = a u + b for u in [0, 1], and the radius of u"
-    if box is not None: return box[1] - box[0], box[0], float(eps) / (box[1] - box[0])
-    lo, hi = (x / eps).aminmax()   # in these units the radius is 1, in every channel
-    width = hi - lo + 2            # and the ball reaches from lo - 1 to hi + 1
+    if box is not None:
+        return box[1] - box[0], box[0], float(eps) / (box[1] - box[0])
+    lo, hi = (x / eps).aminmax()  # in these units the radius is 1, in every channel
+    width = hi - lo + 2  # and the ball reaches from lo - 1 to hi + 1
     return eps * width, eps * (lo - 1), 1 / width.item()
 
 # %% ../nbs/07_attacks.ipynb #7fc50586
@@ -453,27 +564,35 @@ def autoattack(
     y: torch.Tensor,  # classes `(n,)` long
     eps: float | torch.Tensor,  # radius in units of `x` (8/255 in pixels); see `box`
     *,
-    norm: str = 'linf',  # 'linf' or 'l2'
+    norm: str = "linf",  # 'linf' or 'l2'
     batch: int = 250,  # images at a time
     seed: int = 0,  # of all its random draws
-    box: tuple[float, float] | None = (0., 1.),  # valid range; None: none, one `eps` per channel
+    box: tuple[float, float] | None = (0.0, 1.0),  # valid range; None: none, one `eps` per channel
     check: bool = True,  # False: trust the data
 ) -> torch.Tensor:  # per image a misclassified one if it was found, else `x`
     "The standard AutoAttack of the package pyautoattack - Croce & Hein 2020, sec. 6"
-    _one_of('norm', norm, NORMS)
+    _one_of("norm", norm, NORMS)
     _check_autoattack(x, y, eps, box)
     n_cls = _check(x, y, eps, norm, box) if check else 0
     AutoAttack = _pyautoattack()
     logits = model(x[:1])
     if logits.shape[1] < max(4, n_cls):
-        raise ValueError(f"autoattack needs logits of at least {max(4, n_cls)} classes, "
-                         f"got {tuple(logits.shape)}")
-    if torch.as_tensor(eps).max() == 0: return x.clone()
+        raise ValueError(
+            f"autoattack needs logits of at least {max(4, n_cls)} classes, "
+            f"got {tuple(logits.shape)}"
+        )
+    if torch.as_tensor(eps).max() == 0:
+        return x.clone()
     a, b, radius = _unit_cube(x, eps, box)
     u = (x - b) / a
     with _untouched(model, x.device):
-        judge = AutoAttack(lambda v: model(a * v + b), eps=radius, norm=norm.capitalize(),
-                           seed=seed, device=x.device)
+        judge = AutoAttack(
+            lambda v: model(a * v + b),
+            eps=radius,
+            norm=norm.capitalize(),
+            seed=seed,
+            device=x.device,
+        )
         goals = min(9, logits.shape[1] - 1)
         judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = goals
         found = judge.run_standard_evaluation(u, y, batch_size=batch)[0]
@@ -483,6 +602,7 @@ def autoattack(
 @dataclass(frozen=True)
 class Attack:
     "An attack with a name: a function of (model, x, y, eps) that returns points"
+
     name: str  # as `attack_by_name` reads it
     strength: tuple[int, int]  # kind and gradients: sorts from weak to strong
     run: Callable = field(repr=False)  # (model, x, y, eps, generator, **rest) -> points
@@ -494,13 +614,17 @@ class Attack:
 
     def check(self, n_cls: int) -> None:
         "Refuse before any work what cannot be done with `n_cls` classes and the packages there are"
-        if self.name in ('apgd-t', 'autoattack') and n_cls < 4:
+        if self.name in ("apgd-t", "autoattack") and n_cls < 4:
             raise ValueError(f"{self.name!r} needs at least 4 classes, got {n_cls}: use 'apgd-ce'")
-        if self.name == 'autoattack': _pyautoattack()
+        if self.name == "autoattack":
+            _pyautoattack()
 
-    def __call__(self, model, x, y, eps, *, norm='linf', box=(0., 1.), generator=None, check=True):
+    def __call__(
+        self, model, x, y, eps, *, norm="linf", box=(0.0, 1.0), generator=None, check=True
+    ):
         "Attacked points, like `x`; `generator` draws the starts, for attacks that have them"
         return self.run(model, x, y, eps, generator, norm=norm, box=box, check=check)
+
 
 def _starts_in_turn(model, x, y, eps, steps, starts, **kw):
     "PGD from one start after another, each only for the samples that still stand"
@@ -508,36 +632,50 @@ def _starts_in_turn(model, x, y, eps, steps, starts, **kw):
     each = isinstance(eps, torch.Tensor) and eps.ndim == x.ndim and len(eps) == len(x)
     for _ in range(starts):
         end[todo] = pgd(model, x[todo], y[todo], eps[todo] if each else eps, steps, **kw)
-        with torch.no_grad(): todo = todo[model(end[todo]).argmax(1) == y[todo]]
-        if not len(todo): break
+        with torch.no_grad():
+            todo = todo[model(end[todo]).argmax(1) == y[todo]]
+        if not len(todo):
+            break
     return end
+
 
 def _drawn(run, **fixed):
     "An attack that takes the generator"
-    return lambda model, x, y, eps, generator, **kw: run(model, x, y, eps, generator=generator,
-                                                         **kw, **fixed)
+    return lambda model, x, y, eps, generator, **kw: run(
+        model, x, y, eps, generator=generator, **kw, **fixed
+    )
+
 
 def _autoattack(model, x, y, eps, generator, **kw):
-    if generator is None: raise ValueError("autoattack needs a generator for its seed, got None")
+    if generator is None:
+        raise ValueError("autoattack needs a generator for its seed, got None")
     seed = torch.randint(2**31, (), generator=generator, device=generator.device).item()
     return autoattack(model, x, y, eps, seed=seed, **kw)
 
 # %% ../nbs/07_attacks.ipynb #b69d1a3b
-ATTACKS = {a.name: a for a in (
-    Attack('clean', (0, 0), lambda model, x, y, eps, generator, **kw: x),
-    Attack('fgsm', (1, 1), lambda model, x, y, eps, generator, **kw: fgsm(model, x, y, eps, **kw)),
-    Attack('apgd-ce', (3, 100), _drawn(apgd)),
-    Attack('apgd-t', (4, 900), _drawn(apgd, targets=9)),
-    Attack('autoattack', (5, 2000), _autoattack))}
+ATTACKS = {
+    a.name: a
+    for a in (
+        Attack("clean", (0, 0), lambda model, x, y, eps, generator, **kw: x),
+        Attack(
+            "fgsm", (1, 1), lambda model, x, y, eps, generator, **kw: fgsm(model, x, y, eps, **kw)
+        ),
+        Attack("apgd-ce", (3, 100), _drawn(apgd)),
+        Attack("apgd-t", (4, 900), _drawn(apgd, targets=9)),
+        Attack("autoattack", (5, 2000), _autoattack),
+    )
+}
+
 
 def attack_by_name(
     name: str,  # 'clean', 'fgsm', 'pgd-20', 'pgd-50x10', 'apgd-ce', 'apgd-t' or 'autoattack'
 ) -> Attack:  # call it with (model, x, y, eps); `.strength` sorts, `.max_gradients` per sample
     "An attack by its name; pgd-50x10 takes 50 steps from each of 10 starts, pgd is pgd-20"
-    name = {'pgd': 'pgd-20', 'apgd': 'apgd-ce'}.get(name, name)
-    found = re.fullmatch(r'pgd-([1-9]\d*)(?:x([1-9]\d*))?', str(name))
+    name = {"pgd": "pgd-20", "apgd": "apgd-ce"}.get(name, name)
+    found = re.fullmatch(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?", str(name))
     if not found:
-        _one_of('attack', name, (*ATTACKS, 'pgd-20', 'pgd-50x10'))
-        if name in ATTACKS: return ATTACKS[name]
+        _one_of("attack", name, (*ATTACKS, "pgd-20", "pgd-50x10"))
+        if name in ATTACKS:
+            return ATTACKS[name]
     steps, starts = (int(v or 1) for v in found.groups())
     return Attack(name, (2, steps * starts), _drawn(_starts_in_turn, steps=steps, starts=starts))

@@ -14,80 +14,46 @@ import html
 import json
 import math
 import time
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from scipy.stats import binomtest
 from sklearn.linear_model import RidgeClassifier
-from sklearn.model_selection import StratifiedKFold
-from sklearn.model_selection import cross_val_score
-from torch import Tensor
-from torch import nn
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from torch import Tensor, nn
 
-from .attacks import NORMS
-from .attacks import _check_x
-from .attacks import _check_y
-from .attacks import _objective
-from .attacks import _one_of
-from .attacks import _value_and_grad
-from .attacks import attack_by_name
-from .attacks import cross_entropy
-from .attacks import fgsm
-from .attacks import pgd
-from .data import ImageSet
-from .data import load
-from .data import progress_bar
-from .data import write_aside
-from .models import MODELS
-from .models import build
-from .models import fold_batchnorm
-from .risk import Paired
-from .risk import class_counts
-from .risk import classwise_risk
-from .risk import cvar
-from .risk import exact_interval
-from .risk import gini
-from .risk import mcnemar
-from .risk import nsd
-from .risk import pack_flags
-from .risk import paired_bootstrap
-from .risk import risk_range
-from .risk import summary
-from .risk import unpack_flags
-from .risk import worst_case
-from .risk import worst_class
-from .risk import worst_difference
-from .risk import worst_interval
-from .train import ALL
-from .train import SCHEMA
-from .train import as_eps
-from .train import checkpoints
-from .train import gradient_cosine
-from .train import pick_device
-from .train import provenance
-from .train import read_checkpoint
-from .train import spread_subset
+from .attacks import NORMS, _check_x, _check_y, _objective, _one_of, _value_and_grad
+from .attacks import attack_by_name, cross_entropy, fgsm, pgd
+from .data import ImageSet, load, progress_bar, write_aside
+from .models import MODELS, build, fold_batchnorm
+from .risk import Paired, class_counts, classwise_risk, cvar, exact_interval, gini
+from .risk import mcnemar, nsd, pack_flags, paired_bootstrap, risk_range, summary
+from .risk import unpack_flags, worst_case, worst_class, worst_difference, worst_interval
+from .train import ALL, SCHEMA, as_eps, checkpoints, gradient_cosine, pick_device
+from .train import provenance, read_checkpoint, spread_subset
 
 # %% ../nbs/12_audit.ipynb #5d2a178c
 def attackable(
     model: Callable,  # logits `(n, C)` for x `(n, ...)`
-    device: str = 'cpu',  # where it will be attacked
+    device: str = "cpu",  # where it will be attacked
 ) -> Callable:  # a copy of a module, ready to be attacked; any other callable as it is
     "A copy in evaluation mode: BatchNorm folded, no parameter gradients, channels last"
-    if not isinstance(model, nn.Module): return model
+    if not isinstance(model, nn.Module):
+        return model
     net = fold_batchnorm(model).to(device, memory_format=torch.channels_last)
     return net.requires_grad_(False)
 
 
 class Counted:
     "A model that counts the images it saw and those it gave a gradient for"
-    def __init__(self, model): self.model, self.images, self.gradients = model, 0, 0
+
+    def __init__(self, model):
+        self.model, self.images, self.gradients = model, 0, 0
 
     def __call__(self, x):
         self.images += len(x)
@@ -104,19 +70,23 @@ def predicted(
     "The class named for each image; refuses logits that are none"
     logits = net(x)
     if logits.ndim != 2 or len(logits) != len(x) or n_cls not in (None, logits.shape[1]):
-        raise ValueError(f"model must return logits ({len(x)}, {n_cls or 'C'}) for {len(x)} "
-                         f"images, got {tuple(logits.shape)}")
+        raise ValueError(
+            f"model must return logits ({len(x)}, {n_cls or 'C'}) for {len(x)} "
+            f"images, got {tuple(logits.shape)}"
+        )
     bad = (~logits.isfinite()).any(1).nonzero()
     if len(bad):
-        raise ValueError(f"logits must be finite, got {logits[bad[0, 0]].tolist()[:3]} ... for "
-                         f"image {bad[0, 0].item()} of {len(x)}")
+        raise ValueError(
+            f"logits must be finite, got {logits[bad[0, 0]].tolist()[:3]} ... for "
+            f"image {bad[0, 0].item()} of {len(x)}"
+        )
     return logits.argmax(1)
 
 # %% ../nbs/12_audit.ipynb #14a72986
 def chunks_of(
     data,  # an ImageSet, a pair (x, y) of tensors, or a DataLoader of such pairs
     batch: int = 256,  # images at a time (a DataLoader has its own)
-    box: tuple | None = (0., 1.),  # valid range of x
+    box: tuple | None = (0.0, 1.0),  # valid range of x
 ) -> object:  # yields x float `(b, ...)`, y long `(b,)`
     "Test images a chunk at a time, whatever holds them, each chunk checked before it is used"
     if isinstance(data, ImageSet):
@@ -125,10 +95,13 @@ def chunks_of(
         if len(data[0]) != len(data[1]):
             raise ValueError(f"x and y must be equally many, got {len(data[0])} and {len(data[1])}")
         pairs = zip(*(v.split(batch) for v in data))
-    elif hasattr(data, '__iter__') and not isinstance(data, Tensor): pairs = iter(data)
+    elif hasattr(data, "__iter__") and not isinstance(data, Tensor):
+        pairs = iter(data)
     else:
-        raise ValueError("data must be an ImageSet, a pair (x, y) of tensors or a DataLoader, got "
-                         f"{type(data).__name__}")
+        raise ValueError(
+            "data must be an ImageSet, a pair (x, y) of tensors or a DataLoader, got "
+            f"{type(data).__name__}"
+        )
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(f"data must come in pairs (x, y), got {type(pair).__name__}")
@@ -142,38 +115,51 @@ def chunks_of(
 # %% ../nbs/12_audit.ipynb #3f08a430
 def _size(data):
     "Number of images, or None where it cannot be known."
-    if isinstance(data, ImageSet): return len(data)
-    if isinstance(data, (tuple, list)) and len(data) == 2: return len(data[1])
-    try: return len(data.dataset)
-    except (AttributeError, TypeError): return None
+    if isinstance(data, ImageSet):
+        return len(data)
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        return len(data[1])
+    try:
+        return len(data.dataset)
+    except (AttributeError, TypeError):
+        return None
 
 # %% ../nbs/12_audit.ipynb #082d3b0b
 class Journal:
     "Finished pieces of work, one line of JSON each: what is in the file is not done again"
-    def __init__(self,
+
+    def __init__(
+        self,
         path: Path | None,  # None: in memory only
         header: dict,  # what defines the work; a journal of other work is refused
         resume: bool = False,  # go on with an existing file
     ):
         self.path, self.done = path, {}
-        if path is None: return
+        if path is None:
+            return
         header = json.loads(json.dumps(header))
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path, json.dumps(header) + '\n')
-        elif resume: self._read(header)
-        else: raise FileExistsError(f"{path} exists: go on with resume (--resume), or name another "
-                                    "folder")
+            write_aside(path, json.dumps(header) + "\n")
+        elif resume:
+            self._read(header)
+        else:
+            raise FileExistsError(
+                f"{path} exists: go on with resume (--resume), or name another folder"
+            )
 
     def _read(self, header):
-        whole = self.path.read_text(encoding='utf-8', errors='replace')
-        lines = whole[:whole.rfind('\n') + 1].splitlines()  # a line cut by a crash is dropped
-        try: first, *rest = [json.loads(line) for line in lines]
-        except ValueError as e: raise ValueError(f"{self.path} is not a journal: {e}") from None
+        whole = self.path.read_text(encoding="utf-8", errors="replace")
+        lines = whole[: whole.rfind("\n") + 1].splitlines()  # a line cut by a crash is dropped
+        try:
+            first, *rest = [json.loads(line) for line in lines]
+        except ValueError as e:
+            raise ValueError(f"{self.path} is not a journal: {e}") from None
         differ = [k for k in header if not isinstance(first, dict) or first.get(k) != header[k]]
         if differ:
             raise ValueError(f"{self.path} is of another audit: {', '.join(differ)} differ")
-        if len(whole) > whole.rfind('\n') + 1: write_aside(self.path, '\n'.join(lines) + '\n')
+        if len(whole) > whole.rfind("\n") + 1:
+            write_aside(self.path, "\n".join(lines) + "\n")
         self.done = {key: value for key, value in rest}
 
     def run(self, key: str, work: Callable):
@@ -181,25 +167,34 @@ class Journal:
         if key not in self.done:
             self.done[key] = work()
             if self.path:
-                with open(self.path, 'a') as f: f.write(json.dumps([key, self.done[key]]) + '\n')
+                with open(self.path, "a") as f:
+                    f.write(json.dumps([key, self.done[key]]) + "\n")
         return self.done[key]
 
 # %% ../nbs/12_audit.ipynb #6ae76ea6
-def _pack(v): return base64.b64encode(np.asarray(v, dtype='<u2').tobytes()).decode()
-def _unpack(text): return np.frombuffer(base64.b64decode(text), dtype='<u2').astype(np.int64)
+def _pack(v):
+    return base64.b64encode(np.asarray(v, dtype="<u2").tobytes()).decode()
+
+
+def _unpack(text):
+    return np.frombuffer(base64.b64decode(text), dtype="<u2").astype(np.int64)
+
 
 def _digest(*tensors):
     h = hashlib.sha256()
-    for t in tensors: h.update(t.detach().cpu().contiguous().numpy().tobytes())
+    for t in tensors:
+        h.update(t.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
+
 
 def _seed(*parts):
     "A seed of its own for every piece of work, so that the order of the work does not matter."
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'little') >> 1
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 # %% ../nbs/12_audit.ipynb #0a9bd98f
-STANDARD = ('clean', 'fgsm', 'pgd-50x10', 'apgd-ce', 'apgd-t')
-SWEEP = 'pgd-20'  # the attack of a sweep over radii
+STANDARD = ("clean", "fgsm", "pgd-50x10", "apgd-ce", "apgd-t")
+SWEEP = "pgd-20"  # the attack of a sweep over radii
+
 
 def check_plan(
     net: Callable,  # logits
@@ -210,24 +205,26 @@ def check_plan(
     "Refuse what cannot work before any long work: attacks, radius, logits, gradients"
     predicted(net, x)
     n_cls = net(x[:1]).shape[1]
-    if cfg['attacks'] is None: cfg['attacks'] = [a for a in STANDARD if n_cls >= 4 or a != 'apgd-t']
-    plan = [attack_by_name(name) for name in cfg['attacks']]
-    if not plan or len(set(cfg['attacks'])) < len(plan):
+    if cfg["attacks"] is None:
+        cfg["attacks"] = [a for a in STANDARD if n_cls >= 4 or a != "apgd-t"]
+    plan = [attack_by_name(name) for name in cfg["attacks"]]
+    if not plan or len(set(cfg["attacks"])) < len(plan):
         raise ValueError(f"attacks must be at least one and all different, got {cfg['attacks']}")
     if [p.strength for p in plan] != sorted(p.strength for p in plan):
         raise ValueError(f"attacks must go from weak to strong, got {cfg['attacks']}")
-    if not all(0 < m < math.inf for m in cfg['sweep']):
+    if not all(0 < m < math.inf for m in cfg["sweep"]):
         raise ValueError(f"sweep must hold multiples of eps above 0, got {cfg['sweep']}")
-    for p in plan: p.check(n_cls)
+    for p in plan:
+        p.check(n_cls)
     if y.max() >= n_cls:
         raise ValueError(f"y must hold classes in 0..{n_cls - 1}, got {y.max().item()}")
-    fgsm(net, x[:1], y[:1], radius(cfg, x), norm=cfg['norm'], box=cfg['box'])
+    fgsm(net, x[:1], y[:1], radius(cfg, x), norm=cfg["norm"], box=cfg["box"])
     return n_cls
 
 
-def radius(cfg, x, times=1.):
+def radius(cfg, x, times=1.0):
     "The radius as attacks take it, times a factor."
-    eps = cfg['eps']
+    eps = cfg["eps"]
     return times * as_eps(tuple(eps) if isinstance(eps, list) else eps, x)
 
 # %% ../nbs/12_audit.ipynb #587c5060
@@ -240,26 +237,33 @@ def one_chunk(
     bar,  # of progress, in gradients
 ) -> tuple:  # attack -> its piece of the record; radii times images: wrong
     "All attacks on one chunk, each with a seed of its own"
-    common, pieces = dict(norm=cfg['norm'], box=cfg['box']), {}
+    common, pieces = dict(norm=cfg["norm"], box=cfg["box"]), {}
 
     def piece(key, attack, eps, x, y):
-        generator = torch.Generator(x.device).manual_seed(_seed(cfg['seed'], key, _digest(x, y)))
+        generator = torch.Generator(x.device).manual_seed(_seed(cfg["seed"], key, _digest(x, y)))
         start, before = time.perf_counter(), net.gradients
         z = attack(net, x, y, eps, generator=generator, **common)
-        return dict(predicted=_pack(predicted(net, z).cpu()), gradients=net.gradients - before,
-                    seconds=round(time.perf_counter() - start, 3))
+        return dict(
+            predicted=_pack(predicted(net, z).cpu()),
+            gradients=net.gradients - before,
+            seconds=round(time.perf_counter() - start, 3),
+        )
 
-    for name in cfg['attacks']:
+    for name in cfg["attacks"]:
         attack = attack_by_name(name)
         pieces[name] = run(name, lambda: piece(name, attack, radius(cfg, x), x, y))
         bar.update(len(x) * max(1, attack.max_gradients))
     broken, rows = predicted(net, x) != y, []
-    for times in cfg['sweep']:  # what a smaller radius breaks, a larger one breaks too
-        key, left = f'{SWEEP} {times}', ~broken
+    for times in cfg["sweep"]:  # what a smaller radius breaks, a larger one breaks too
+        key, left = f"{SWEEP} {times}", ~broken
         if left.any():
-            found = run(key, lambda: piece(key, attack_by_name(SWEEP), radius(cfg, x[left], times),
-                                           x[left], y[left]))
-            broken[left] = torch.as_tensor(_unpack(found['predicted'])).to(y) != y[left]
+            found = run(
+                key,
+                lambda: piece(
+                    key, attack_by_name(SWEEP), radius(cfg, x[left], times), x[left], y[left]
+                ),
+            )
+            broken[left] = torch.as_tensor(_unpack(found["predicted"])).to(y) != y[left]
         rows.append(broken.cpu().numpy().copy())
         bar.update(20 * len(x))
     return pieces, np.array(rows).reshape(len(rows), len(x))
@@ -272,39 +276,61 @@ def attack_all(
     journal: Journal,  # what is done already
     n_cls: int,  # classes of the logits
     keep: int,  # images to set aside for the diagnosis
-    device: str = 'cpu',  # of the network
+    device: str = "cpu",  # of the network
     progress: bool = False,  # show a bar, with the time left
 ) -> dict:  # y, preds, wrong of the sweep, cost, subset: arrays in the order of the data
     "Every chunk under every attack; memory holds one chunk, the labels, and what is set aside"
-    work, hashes = sum(max(1, attack_by_name(a).max_gradients) for a in cfg['attacks']), Hashes()
+    work, hashes = sum(max(1, attack_by_name(a).max_gradients) for a in cfg["attacks"]), Hashes()
     n, ys, pieces, sweeps, aside = _size(data), [], [], [], Aside(keep)
-    bar = progress_bar(None, progress=progress, desc='audit', unit='grad', unit_scale=True,
-                       total=n and n * (work + 20 * len(cfg['sweep'])))
+    bar = progress_bar(
+        None,
+        progress=progress,
+        desc="audit",
+        unit="grad",
+        unit_scale=True,
+        total=n and n * (work + 20 * len(cfg["sweep"])),
+    )
     with bar:
-        for i, (x, y) in enumerate(chunks_of(data, cfg['batch'], cfg['box'])):
+        for i, (x, y) in enumerate(chunks_of(data, cfg["batch"], cfg["box"])):
             x, y = x.to(device), y.to(device)
             if y.max() >= n_cls:
                 raise ValueError(f"y must hold classes in 0..{n_cls - 1}, got {y.max().item()}")
             same = _digest(x, y)
-            if journal.run(f'chunk {i}', lambda: same) != same:
-                raise ValueError(f"chunk {i} must hold the images it held before the interruption: "
-                                 "is the data shuffled or changed?")
-            run = lambda key, work, i=i: journal.run(f'{i} {key}', work)
+            if journal.run(f"chunk {i}", lambda: same) != same:
+                raise ValueError(
+                    f"chunk {i} must hold the images it held before the interruption: "
+                    "is the data shuffled or changed?"
+                )
+            run = lambda key, work, i=i: journal.run(f"{i} {key}", work)
             found, rows = one_chunk(net, x, y, cfg, run, bar)
             hashes.add(x, y)
             ys.append(y.cpu().numpy()), pieces.append(found), sweeps.append(rows)
             aside.add(x, y)
-    preds = {a: np.concatenate([_unpack(p[a]['predicted']) for p in pieces])
-             for a in cfg['attacks']}
-    cost = {a: dict(seconds=round(sum(p[a]['seconds'] for p in pieces), 2),
-                    gradients=sum(p[a]['gradients'] for p in pieces)) for a in cfg['attacks']}
-    return dict(y=np.concatenate(ys), preds=preds, cost=cost, digest=hashes.hexdigest(),
-                sweep=np.concatenate(sweeps, 1), **aside.content())
+    preds = {
+        a: np.concatenate([_unpack(p[a]["predicted"]) for p in pieces]) for a in cfg["attacks"]
+    }
+    cost = {
+        a: dict(
+            seconds=round(sum(p[a]["seconds"] for p in pieces), 2),
+            gradients=sum(p[a]["gradients"] for p in pieces),
+        )
+        for a in cfg["attacks"]
+    }
+    return dict(
+        y=np.concatenate(ys),
+        preds=preds,
+        cost=cost,
+        digest=hashes.hexdigest(),
+        sweep=np.concatenate(sweeps, 1),
+        **aside.content(),
+    )
 
 
 class Aside:
     "The first images of every class, equally many of each, as they come by."
-    def __init__(self, most): self.most, self.seen, self.x, self.y, self.at = most, 0, [], [], []
+
+    def __init__(self, most):
+        self.most, self.seen, self.x, self.y, self.at = most, 0, [], [], []
 
     def add(self, x, y):
         self.x.append(x), self.y.append(y)
@@ -316,20 +342,27 @@ class Aside:
         "Keep `most` images: rank each within its class, take the lowest ranks."
         x, y, at = (torch.cat(v) for v in (self.x, self.y, self.at))
         rank = torch.zeros(len(y), dtype=torch.long)
-        for c in y.unique(): rank[(y == c).cpu()] = torch.arange(int((y == c).sum()))
-        keep = torch.argsort(rank, stable=True)[:self.most].sort().values
+        for c in y.unique():
+            rank[(y == c).cpu()] = torch.arange(int((y == c).sum()))
+        keep = torch.argsort(rank, stable=True)[: self.most].sort().values
         self.x, self.y, self.at = [x[keep.to(x.device)]], [y[keep.to(y.device)]], [at[keep]]
 
-    def content(self): return dict(x=self.x[0], kept=self.y[0], aside=self.at[0].numpy())
+    def content(self):
+        return dict(x=self.x[0], kept=self.y[0], aside=self.at[0].numpy())
 
 
 class Hashes:
     "A digest of images and labels that does not depend on how they came in chunks."
-    def __init__(self): self.parts = hashlib.sha256(), hashlib.sha256()
+
+    def __init__(self):
+        self.parts = hashlib.sha256(), hashlib.sha256()
+
     def add(self, *tensors):
-        for h, t in zip(self.parts, tensors): h.update(t.cpu().contiguous().numpy().tobytes())
+        for h, t in zip(self.parts, tensors):
+            h.update(t.cpu().contiguous().numpy().tobytes())
+
     def hexdigest(self):
-        return hashlib.sha256(b''.join(h.digest() for h in self.parts)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(h.digest() for h in self.parts)).hexdigest()[:16]
 
 # %% ../nbs/12_audit.ipynb #d3698d61
 def audit(
@@ -338,86 +371,111 @@ def audit(
     eps: float | tuple,  # radius in pixel units of [0, 1]; a tuple: one per channel
     attacks: tuple | None = None,  # from weak to strong, see `attack_by_name`; None: `STANDARD`
     *,
-    norm: str = 'linf',  # 'linf' or 'l2'
-    box: tuple | None = (0., 1.),  # valid range of x; None: none
+    norm: str = "linf",  # 'linf' or 'l2'
+    box: tuple | None = (0.0, 1.0),  # valid range of x; None: none
     classes: tuple | None = None,  # names; None: those of the ImageSet, else 0, 1, ...
     sweep: tuple = (),  # multiples of eps at which the risk is measured too
     diagnose: int = 500,  # images for the diagnosis, 0: none
     surrogate: Callable | None = None,  # an independently trained network, for transfer
     batch: int = 256,  # images at a time
     seed: int = 0,  # of all random starts
-    device: str = 'auto',  # 'auto', 'cpu' or 'cuda'
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda'
     out: str | Path | None = None,  # folder of journal and report; None: keep nothing
     resume: bool = False,  # go on in `out`
     progress: bool = True,  # show a bar
-) -> 'AuditReport':
+) -> "AuditReport":
     "Attack every test image and report class by class: raw and worst-case risk, and a diagnosis"
-    cfg = dict(eps=list(eps) if isinstance(eps, tuple) else eps,
-               attacks=None if attacks is None else list(attacks), norm=norm,
-               box=box and list(box), sweep=sorted(sweep), batch=batch, seed=seed)
+    cfg = dict(
+        eps=list(eps) if isinstance(eps, tuple) else eps,
+        attacks=None if attacks is None else list(attacks),
+        norm=norm,
+        box=box and list(box),
+        sweep=sorted(sweep),
+        batch=batch,
+        seed=seed,
+    )
     device, out = pick_device(device), out and Path(out)
     net = Counted(attackable(model, device))
     first = next(chunks_of(data, batch, box), None)
-    if first is None: raise ValueError("data must hold at least one image, got no image")
+    if first is None:
+        raise ValueError("data must hold at least one image, got no image")
     x, y = (v[:2].to(device) for v in first)
     n_cls = check_plan(net, x, y, cfg)
-    names = list(classes or getattr(data, 'classes', range(n_cls)))
+    names = list(classes or getattr(data, "classes", range(n_cls)))
     if len(names) != n_cls:
         raise ValueError(f"classes must name the {n_cls} logits of the model, got {len(names)}")
-    header = dict(schema=SCHEMA, kind='audit', config=cfg, model=_fingerprint(net, x))
-    journal = Journal(out and out / 'journal.jsonl', header, resume)
-    try: found = attack_all(net, data, cfg, journal, n_cls, diagnose, device, progress)
+    header = dict(schema=SCHEMA, kind="audit", config=cfg, model=_fingerprint(net, x))
+    journal = Journal(out and out / "journal.jsonl", header, resume)
+    try:
+        found = attack_all(net, data, cfg, journal, n_cls, diagnose, device, progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("audit stopped; finished batches are kept in "
-                                f"{out}" if out else "audit stopped, nothing kept") from None
-    record = dict(header, classes=[str(c) for c in names], provenance=provenance(device),
-                  **counted(found, n_cls, cfg))
+        raise KeyboardInterrupt(
+            f"audit stopped; finished batches are kept in {out}"
+            if out
+            else "audit stopped, nothing kept"
+        ) from None
+    record = dict(
+        header,
+        classes=[str(c) for c in names],
+        provenance=provenance(device),
+        **counted(found, n_cls, cfg),
+    )
     if diagnose:
-        subject = Subject(net, found['x'], found['kept'], radius(cfg, found['x']), norm, box, seed)
-        record['diagnosis'] = diagnosis(subject, model, surrogate, found, cfg)
+        subject = Subject(net, found["x"], found["kept"], radius(cfg, found["x"]), norm, box, seed)
+        record["diagnosis"] = diagnosis(subject, model, surrogate, found, cfg)
     report = AuditReport(record)
-    if out: report.save(out)
+    if out:
+        report.save(out)
     return report
 
 
 def _fingerprint(net, x):
     "A digest of what the model says about `x`, so that another model's journal is refused."
-    with torch.no_grad(): return _digest(net(x).double().round(decimals=3))
+    with torch.no_grad():
+        return _digest(net(x).double().round(decimals=3))
 
 # %% ../nbs/12_audit.ipynb #4b309712
 def counted(found, n_cls, cfg):
     "Counts, flags and confusion of each attack, as plain data; images in order of class."
-    order = np.argsort(found['y'], kind='stable')
-    y = found['y'][order]
+    order = np.argsort(found["y"], kind="stable")
+    y = found["y"][order]
+
     def of(pred):
         wrong, _ = class_counts(pred != y, y, n_cls)
         table = np.bincount(y * n_cls + pred, minlength=n_cls**2).reshape(n_cls, n_cls)
         return dict(wrong=wrong.tolist(), flags=pack_flags(pred != y), confusion=table.tolist())
-    attacks = {a: of(p[order]) | found['cost'][a] for a, p in found['preds'].items()}
-    sweep = [class_counts(row, y, n_cls)[0].tolist() for row in found['sweep'][:, order]]
-    return dict(n=np.bincount(y, minlength=n_cls).tolist(), test=found['digest'], attacks=attacks,
-                sweep=sweep)
+
+    attacks = {a: of(p[order]) | found["cost"][a] for a, p in found["preds"].items()}
+    sweep = [class_counts(row, y, n_cls)[0].tolist() for row in found["sweep"][:, order]]
+    return dict(
+        n=np.bincount(y, minlength=n_cls).tolist(),
+        test=found["digest"],
+        attacks=attacks,
+        sweep=sweep,
+    )
 
 # %% ../nbs/12_audit.ipynb #7b552119
 @dataclass(frozen=True)
 class AuditReport:
     "What an audit found, a function of its record alone"
+
     record: dict  # plain data, as in audit.json
 
-    attacks = property(lambda self: self.record['config']['attacks'])
-    classes = property(lambda self: self.record['classes'])
-    n = property(lambda self: np.array(self.record['n']))
+    attacks = property(lambda self: self.record["config"]["attacks"])
+    classes = property(lambda self: self.record["classes"])
+    n = property(lambda self: np.array(self.record["n"]))
     labels = property(lambda self: np.repeat(np.arange(len(self.n)), self.n))
 
-    def flags(self,
+    def flags(
+        self,
         attack: str | None = None,  # None: the strongest
         raw: bool = False,  # this attack's final points alone, instead of the worst case
     ) -> np.ndarray:  # wrong `(n,)`, images in order of class
         "Which images are broken: by this attack or any weaker one, or (`raw`) by this one alone"
         attack = attack or self.attacks[-1]
-        _one_of('attack', attack, self.attacks)
-        upto = [attack] if raw else self.attacks[:self.attacks.index(attack) + 1]
-        one = lambda a: unpack_flags(self.record['attacks'][a]['flags'], int(self.n.sum()))
+        _one_of("attack", attack, self.attacks)
+        upto = [attack] if raw else self.attacks[: self.attacks.index(attack) + 1]
+        one = lambda a: unpack_flags(self.record["attacks"][a]["flags"], int(self.n.sum()))
         return worst_case(np.array([one(a) for a in upto]))[-1]
 
     def counts(self, attack=None, raw=False) -> tuple:  # broken `(C,)`, images `(C,)`
@@ -437,29 +495,29 @@ class AuditReport:
     @property
     def flagged(self) -> list:
         "Names of the checks that found something"
-        return [c['check'] for c in self.record.get('diagnosis', []) if c['state'] == 'flag']
+        return [c["check"] for c in self.record.get("diagnosis", []) if c["state"] == "flag"]
 
     @property
     def verdict(self) -> str:
         "One sentence: whether to trust the numbers"
-        return verdict_of(self.record.get('diagnosis'))
+        return verdict_of(self.record.get("diagnosis"))
 
     def confusion(self, attack=None) -> np.ndarray:  # `(C, C)` images: true class by row
         "What the images of each class are taken for at an attack's final points (raw)"
-        return np.array(self.record['attacks'][attack or self.attacks[-1]]['confusion'])
+        return np.array(self.record["attacks"][attack or self.attacks[-1]]["confusion"])
 
     def save(self, folder) -> Path:
         "Write audit.json, report.txt, report.html and figure.png into `folder`"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / 'report.txt', str(self) + '\n')
-        write_aside(folder / 'report.html', page(self))
-        write_aside(folder / 'figure.png', self.plot().savefig)
-        return write_aside(folder / 'audit.json', json.dumps(self.record, indent=1))
+        write_aside(folder / "report.txt", str(self) + "\n")
+        write_aside(folder / "report.html", page(self))
+        write_aside(folder / "figure.png", self.plot().savefig)
+        return write_aside(folder / "audit.json", json.dumps(self.record, indent=1))
 
     def __str__(self):
         parts = [heading(self), self.table(), self.summary(), self.cost(), self.diagnosis()]
-        return '\n\n'.join(p for p in parts if p)
+        return "\n\n".join(p for p in parts if p)
 
     table = lambda self, raw=False: columns(class_rows(self, raw))
     summary = lambda self, raw=False: columns(summary_rows(self, raw))
@@ -476,55 +534,74 @@ def load_report(
     path: str | Path,  # audit.json, or the folder that holds it
 ) -> AuditReport:
     "Read a report back"
-    path = Path(path) / 'audit.json' if Path(path).is_dir() else Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no report there: {path} does not exist")
-    try: record = json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f"{path} is not a report: {e}") from None
-    found = (record.get('schema'), record.get('kind')) if isinstance(record, dict) else None
-    if found != (SCHEMA, 'audit'):
+    path = Path(path) / "audit.json" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no report there: {path} does not exist")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not a report: {e}") from None
+    found = (record.get("schema"), record.get("kind")) if isinstance(record, dict) else None
+    if found != (SCHEMA, "audit"):
         raise ValueError(f"{path} must be an audit of schema {SCHEMA}, got {found}")
     return AuditReport(record)
 
 # %% ../nbs/12_audit.ipynb #4a6d098c
 def short(p, digits=3):
     "A share as .123, or with fewer digits; one as 1.0, an unknown one as -."
-    if np.isnan(p): return '-'
-    text = f'{p:.{digits}f}'
-    return text[1:] if p < 1 and text[0] == '0' else text[:-1]
+    if np.isnan(p):
+        return "-"
+    text = f"{p:.{digits}f}"
+    return text[1:] if p < 1 and text[0] == "0" else text[:-1]
 
 
-def columns(rows, gap='  '):
+def columns(rows, gap="  "):
     "Rows of text as aligned columns: the first to the left, the others to the right."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [gap.join([r[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(r[1:], widths[1:]))])
-             for r in rows]
-    return '\n'.join(line.rstrip() for line in lines)
+    lines = [
+        gap.join([r[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(r[1:], widths[1:]))])
+        for r in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 # %% ../nbs/12_audit.ipynb #fbe65de8
 def heading(r):
     "What was audited, and how."
-    c, eps = r.record['config'], r.record['config']['eps']
-    size = f'{eps:.4g}' if isinstance(eps, float | int) else '(' + ', '.join(
-        f'{e:.4g}' for e in eps) + ')'
+    c, eps = r.record["config"], r.record["config"]["eps"]
+    size = (
+        f"{eps:.4g}"
+        if isinstance(eps, float | int)
+        else "(" + ", ".join(f"{e:.4g}" for e in eps) + ")"
+    )
     name, p, lo, hi = r.worst
-    return (f"{int(r.n.sum())} images of {len(r.n)} classes, eps {size} ({c['norm']}, pixel units"
-            f"{'' if c['box'] else ', no valid range'})\n"
-            f"worst class: {name}, risk {short(p)}, simultaneous 95 % interval "
-            f"{short(lo)} to {short(hi)}\nverdict: {r.verdict}")
+    return (
+        f"{int(r.n.sum())} images of {len(r.n)} classes, eps {size} ({c['norm']}, pixel units"
+        f"{'' if c['box'] else ', no valid range'})\n"
+        f"worst class: {name}, risk {short(p)}, simultaneous 95 % interval "
+        f"{short(lo)} to {short(hi)}\nverdict: {r.verdict}"
+    )
 
 
 def class_rows(r, raw=False):
     "Classes x attacks: risk and exact 95 % interval."
+
     def column(attack):
         (k, n), p = r.counts(attack, raw), r.risks(attack, raw)
         lo, hi = exact_interval(k, n)
-        body = [f'{short(p[i])} {short(lo[i], 2)}-{short(hi[i], 2)}' if n[i] else 'no images'
-                for i in range(len(n))]
+        body = [
+            f"{short(p[i])} {short(lo[i], 2)}-{short(hi[i], 2)}" if n[i] else "no images"
+            for i in range(len(n))
+        ]
         low, high = worst_interval(k, n)
-        return [attack, *body, f'{short(worst_class(p))} {short(low, 2)}-{short(high, 2)}',
-                r.classes[int(np.nanargmax(p))][:12]]
+        return [
+            attack,
+            *body,
+            f"{short(worst_class(p))} {short(low, 2)}-{short(high, 2)}",
+            r.classes[int(np.nanargmax(p))][:12],
+        ]
+
     kind = f"{'raw' if raw else 'worst-case'} risk, 95 %"
-    names = [kind, *(c[:12] for c in r.classes), 'worst class', 'its name']
+    names = [kind, *(c[:12] for c in r.classes), "worst class", "its name"]
     return list(zip(names, *(column(a) for a in r.attacks)))
 
 
@@ -532,96 +609,122 @@ def summary_rows(r, raw=False):
     "What one number can say about the classes together, per attack."
     k = min(3, int((r.n > 0).sum()))
     parts = {a: summary(r.risks(a, raw)) for a in r.attacks}
-    more = {'range': risk_range, 'Gini': gini, f'CVaR, {k} worst': lambda p: cvar(p, k), 'NSD': nsd}
-    rows = [[name, *(short(parts[a][name]) for a in r.attacks)]
-            for name in ('avg', 'std', 'min', 'max')]
+    more = {"range": risk_range, "Gini": gini, f"CVaR, {k} worst": lambda p: cvar(p, k), "NSD": nsd}
+    rows = [
+        [name, *(short(parts[a][name]) for a in r.attacks)] for name in ("avg", "std", "min", "max")
+    ]
     rows += [[name, *(short(f(r.risks(a, raw))) for a in r.attacks)] for name, f in more.items()]
-    rows += [['worst - avg', *(short(parts[a]['max'] - parts[a]['avg']) for a in r.attacks)]]
-    return [['over the classes', *r.attacks], *rows]
+    rows += [["worst - avg", *(short(parts[a]["max"] - parts[a]["avg"]) for a in r.attacks)]]
+    return [["over the classes", *r.attacks], *rows]
 
 
 def cost_rows(r):
     "Seconds and gradient evaluations per image."
-    found, n = r.record['attacks'], int(r.n.sum())
-    return [['cost', *r.attacks],
-            ['seconds', *(f"{found[a]['seconds']:.1f}" for a in r.attacks)],
-            ['gradients an image', *(f"{found[a]['gradients'] / n:.1f}" for a in r.attacks)]]
+    found, n = r.record["attacks"], int(r.n.sum())
+    return [
+        ["cost", *r.attacks],
+        ["seconds", *(f"{found[a]['seconds']:.1f}" for a in r.attacks)],
+        ["gradients an image", *(f"{found[a]['gradients'] / n:.1f}" for a in r.attacks)],
+    ]
 
 
 def diagnosis_text(r):
     "Each check in a line: its state, number, threshold and sentence."
-    rows = r.record.get('diagnosis', [])
-    mark = dict(ok='ok', flag='FLAG', note='note', skipped='-')
-    return '\n'.join(f"{mark[c['state']]:<4}  {c['check']:<14} {c['sentence']}" for c in rows)
+    rows = r.record.get("diagnosis", [])
+    mark = dict(ok="ok", flag="FLAG", note="note", skipped="-")
+    return "\n".join(f"{mark[c['state']]:<4}  {c['check']:<14} {c['sentence']}" for c in rows)
 
 # %% ../nbs/12_audit.ipynb #357c9c12
-STYLE = ("<style>.audit td,.audit th{text-align:right;padding:1px 8px}"
-         ".audit td:first-child,.audit th:first-child{text-align:left}"
-         ".audit .flag{color:#b00;font-weight:bold}.audit .ok{color:#070}</style>")
+STYLE = (
+    "<style>.audit td,.audit th{text-align:right;padding:1px 8px}"
+    ".audit td:first-child,.audit th:first-child{text-align:left}"
+    ".audit .flag{color:#b00;font-weight:bold}.audit .ok{color:#070}</style>"
+)
+
 
 def html_table(rows):
     "Rows of text as an HTML table, the first row its head."
-    line = lambda row, tag: ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in row)
+    line = lambda row, tag: "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in row)
     head, *body = rows
-    return (f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>"
-            + ''.join(f"<tr>{line(row, 'td')}</tr>" for row in body) + '</tbody></table>')
+    return (
+        f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>"
+        + "".join(f"<tr>{line(row, 'td')}</tr>" for row in body)
+        + "</tbody></table>"
+    )
 
 
 def as_html(r):
     "The report as it shows itself in a notebook."
-    *about, _ = map(html.escape, heading(r).split('\n'))
+    *about, _ = map(html.escape, heading(r).split("\n"))
     verdict = f"<span class='{'flag' if r.flagged else 'ok'}'>{html.escape(r.verdict)}</span>"
-    checks = [[c['state'], c['check'], c['sentence']] for c in r.record.get('diagnosis', [])]
+    checks = [[c["state"], c["check"], c["sentence"]] for c in r.record.get("diagnosis", [])]
     parts = [html_table(class_rows(r)), html_table(summary_rows(r))]
     if checks:
-        parts.append('<details><summary>diagnosis</summary>'
-                     + html_table([['state', 'check', 'finding'], *checks]) + '</details>')
-    return (f"{STYLE}<div class='audit'><p>{'<br>'.join([*about, 'verdict: ' + verdict])}</p>"
-            + ''.join(parts) + '</div>')
+        parts.append(
+            "<details><summary>diagnosis</summary>"
+            + html_table([["state", "check", "finding"], *checks])
+            + "</details>"
+        )
+    return (
+        f"{STYLE}<div class='audit'><p>{'<br>'.join([*about, 'verdict: ' + verdict])}</p>"
+        + "".join(parts)
+        + "</div>"
+    )
 
 
 def page(r):
     "A whole HTML page, to be sent to someone who has no notebook."
-    return ("<!doctype html><html lang='en'><meta charset='utf-8'><title>Audit</title>"
-            f"<body style='font-family:sans-serif'>{as_html(r)}</body></html>")
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Audit</title>"
+        f"<body style='font-family:sans-serif'>{as_html(r)}</body></html>"
+    )
 
 # %% ../nbs/12_audit.ipynb #c019fe5b
 def canvas(width, height):
     "Axes on a figure that is shown where it is returned, once."
-    fig, ax = plt.subplots(figsize=(width, height), dpi=100, layout='constrained')
+    fig, ax = plt.subplots(figsize=(width, height), dpi=100, layout="constrained")
     plt.close(fig)
     return fig, ax
 
 
 def bars(r):
     "Risk of every class with its exact interval: clean, one step, and the worst case."
-    keep = [a for a in r.attacks if a in ('clean', 'fgsm', r.attacks[-1])]
+    keep = [a for a in r.attacks if a in ("clean", "fgsm", r.attacks[-1])]
     fig, ax = canvas(6, 2.8)
     for i, attack in enumerate(keep):
         raw = attack != r.attacks[-1]
         (k, n), p = r.counts(attack, raw), r.risks(attack, raw)
         lo, hi = exact_interval(k, n)
-        at = np.arange(len(n)) + (i - (len(keep) - 1) / 2) * .25
+        at = np.arange(len(n)) + (i - (len(keep) - 1) / 2) * 0.25
         error = np.nan_to_num([np.clip(p - lo, 0, None), np.clip(hi - p, 0, None)])
-        ax.bar(at, np.nan_to_num(p), .25, yerr=error, color=('0.75', 'C1', 'C0')[i % 3],
-               error_kw=dict(lw=.8), label=attack if raw else 'worst case')
+        ax.bar(
+            at,
+            np.nan_to_num(p),
+            0.25,
+            yerr=error,
+            color=("0.75", "C1", "C0")[i % 3],
+            error_kw=dict(lw=0.8),
+            label=attack if raw else "worst case",
+        )
     tilt = 0 if max(map(len, r.classes)) < 4 else 30
     ax.set_xticks(range(len(r.n)), [c[:12] for c in r.classes], rotation=tilt)
-    ax.set(ylabel='risk', ylim=(0, 1.02))
-    fig.legend(ncols=3, frameon=False, fontsize=8, loc='outside upper center')
+    ax.set(ylabel="risk", ylim=(0, 1.02))
+    fig.legend(ncols=3, frameon=False, fontsize=8, loc="outside upper center")
     return fig
 
 
 def sweep_plot(r):
     "Risk against the radius: every class in grey, the worst and the average in colour."
-    times = r.record['config']['sweep']
-    if not times: raise ValueError("the report has no sweep: audit(..., sweep=(.5, 1, 2))")
-    with np.errstate(invalid='ignore'): p = np.array(r.record['sweep']) / r.n
+    times = r.record["config"]["sweep"]
+    if not times:
+        raise ValueError("the report has no sweep: audit(..., sweep=(.5, 1, 2))")
+    with np.errstate(invalid="ignore"):
+        p = np.array(r.record["sweep"]) / r.n
     fig, ax = canvas(3.5, 2.5)
-    ax.plot(times, p, color='0.8', lw=.8)
-    ax.plot(times, np.nanmax(p, 1), 'C1o-', ms=3, label='worst class')
-    ax.plot(times, np.nanmean(p, 1), 'C0o-', ms=3, label='average')
-    ax.set(xlabel='radius, in units of eps', ylabel=f'risk, {SWEEP}', ylim=(-.02, 1.02))
+    ax.plot(times, p, color="0.8", lw=0.8)
+    ax.plot(times, np.nanmax(p, 1), "C1o-", ms=3, label="worst class")
+    ax.plot(times, np.nanmean(p, 1), "C0o-", ms=3, label="average")
+    ax.set(xlabel="radius, in units of eps", ylabel=f"risk, {SWEEP}", ylim=(-0.02, 1.02))
     ax.legend(frameon=False, fontsize=8)
     return fig
 
@@ -631,11 +734,11 @@ def confusion_plot(r, attack=None):
     attack, n = attack or r.attacks[-1], np.maximum(r.n, 1)
     fig, ax = canvas(3.5, 3.1)
     share = r.confusion(attack) / n[:, None]
-    fig.colorbar(ax.imshow(share, vmin=0, vmax=1, cmap='Blues'), label='share of the class')
+    fig.colorbar(ax.imshow(share, vmin=0, vmax=1, cmap="Blues"), label="share of the class")
     ticks = range(len(n)), [c[:12] for c in r.classes]
     ax.set_xticks(*ticks, rotation=0 if max(map(len, r.classes)) < 4 else 90)
     ax.set_yticks(*ticks)
-    ax.set(xlabel=f'taken for, under {attack}', ylabel='true class')
+    ax.set(xlabel=f"taken for, under {attack}", ylabel="true class")
     return fig
 
 
@@ -644,11 +747,15 @@ def class_view(r, attack, name):
     i, (k, n) = r.classes.index(name), r.counts(attack)
     lo, hi = exact_interval(int(k[i]), int(n[i]))
     fig, ax = canvas(4.5, 2.2)
-    colors = ['C0' if j == i else 'C1' for j in range(len(n))]
+    colors = ["C0" if j == i else "C1" for j in range(len(n))]
     ax.bar(range(len(n)), r.confusion(attack)[i], color=colors)
     ax.set_xticks(range(len(n)), [c[:12] for c in r.classes])
-    ax.set(ylabel='images', xlabel='taken for', title=f'{name} under {attack}: worst-case risk '
-           f'{short(k[i] / max(n[i], 1))} [{short(lo, 2)}, {short(hi, 2)}]')
+    ax.set(
+        ylabel="images",
+        xlabel="taken for",
+        title=f"{name} under {attack}: worst-case risk "
+        f"{short(k[i] / max(n[i], 1))} [{short(lo, 2)}, {short(hi, 2)}]",
+    )
     ax.title.set_fontsize(9)
     return fig
 
@@ -657,37 +764,46 @@ def explorer(r):
     "Choose an attack and a class (ipywidgets)."
     import ipywidgets
     from IPython.display import display
+
     return ipywidgets.interactive(
         lambda attack, name: display(class_view(r, attack, name)),
         attack=ipywidgets.Dropdown(options=r.attacks, value=r.attacks[-1]),
-        name=ipywidgets.Dropdown(options=r.classes, description='class'))
+        name=ipywidgets.Dropdown(options=r.classes, description="class"),
+    )
 
 # %% ../nbs/12_audit.ipynb #d62cb42c
 @dataclass
 class Subject:
     "A network, some of its test images, and what the checks ask of them again and again"
+
     net: Callable  # logits, evaluation mode
     x: Tensor  # `(n, ...)`
     y: Tensor  # `(n,)`
     eps: float | Tensor  # radius
-    norm: str = 'linf'
-    box: tuple | None = (0., 1.)
+    norm: str = "linf"
+    box: tuple | None = (0.0, 1.0)
     seed: int = 0
 
-    def generator(self): return torch.Generator(self.x.device).manual_seed(self.seed)
-    def wrong(self, z): return (predicted(self.net, z) != self.y).cpu().numpy()
-    def clip(self, z): return z if self.box is None else z.clamp(*self.box)
+    def generator(self):
+        return torch.Generator(self.x.device).manual_seed(self.seed)
+
+    def wrong(self, z):
+        return (predicted(self.net, z) != self.y).cpu().numpy()
+
+    def clip(self, z):
+        return z if self.box is None else z.clamp(*self.box)
 
     @cached_property
     def logits(self):
-        with torch.no_grad(): return self.net(self.x)
+        with torch.no_grad():
+            return self.net(self.x)
 
     @cached_property
     def gradient(self):
         "Of each image's cross-entropy, at x."
         return _value_and_grad(self.net, self.x, _objective(cross_entropy, self.y, False, 0))[1]
 
-    def step(self, times=1.):
+    def step(self, times=1.0):
         "FGSM, `times` as far."
         return self.clip(self.x + times * self.eps * NORMS[self.norm][0](self.gradient))
 
@@ -697,8 +813,16 @@ class Subject:
         return self.clip(self.x + self.eps * NORMS[self.norm][0](u))
 
     def pgd(self, eps, **kw):
-        return pgd(self.net, self.x, self.y, eps, 20, norm=self.norm, generator=self.generator(),
-                   **{'box': self.box} | kw)
+        return pgd(
+            self.net,
+            self.x,
+            self.y,
+            eps,
+            20,
+            norm=self.norm,
+            generator=self.generator(),
+            **{"box": self.box} | kw,
+        )
 
     @cached_property
     def attacked(self):
@@ -714,12 +838,18 @@ def check(
     sentence: str,  # for a person
 ) -> dict:
     "The finding of one check, plain data"
-    state = 'note' if flagged is None else 'flag' if flagged else 'ok'
-    return dict(check=name, number=None if number is None else float(number), threshold=threshold,
-                state=state, sentence=sentence)
+    state = "note" if flagged is None else "flag" if flagged else "ok"
+    return dict(
+        check=name,
+        number=None if number is None else float(number),
+        threshold=threshold,
+        state=state,
+        sentence=sentence,
+    )
 
 # %% ../nbs/12_audit.ipynb #acf25a78
 ALARM = 1e-3  # chance that a test of a sound network raises an alarm
+
 
 def falls(
     a,  # wrong `(n,)`
@@ -728,38 +858,58 @@ def falls(
     "One-sided exact test that b is wrong less often than a, on the images where they differ"
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     total = only_a + only_b
-    return binomtest(only_a, total, alternative='greater').pvalue if total else 1.
+    return binomtest(only_a, total, alternative="greater").pvalue if total else 1.0
 
 # %% ../nbs/12_audit.ipynb #3b41fc56
 def order_check(raw):
     "1. Risk may not fall as the attack grows; FGSM below clean is label leaking."
-    names, worst = list(raw), (0., None)
+    names, worst = list(raw), (0.0, None)
     for a, b in zip(names, names[1:]):
         drop = raw[a].mean() - raw[b].mean()
-        if falls(raw[a], raw[b]) < ALARM / len(names): worst = max(worst, (drop, (a, b)))
+        if falls(raw[a], raw[b]) < ALARM / len(names):
+            worst = max(worst, (drop, (a, b)))
     drop, pair = worst
-    if pair is None: return check('order', 0., 0., False, "a stronger attack never breaks less")
+    if pair is None:
+        return check("order", 0.0, 0.0, False, "a stronger attack never breaks less")
     a, b = pair
-    what = ": its labels leak into its perturbations" if pair == ('clean', 'fgsm') else ""
-    return check('order', drop, 0., True, f"{b} breaks {short(raw[b].mean())}, the weaker {a} "
-                 f"{short(raw[a].mean())}{what}")
+    what = ": its labels leak into its perturbations" if pair == ("clean", "fgsm") else ""
+    return check(
+        "order",
+        drop,
+        0.0,
+        True,
+        f"{b} breaks {short(raw[b].mean())}, the weaker {a} {short(raw[a].mean())}{what}",
+    )
 
 # %% ../nbs/12_audit.ipynb #5591f73e
-ONE_STEP = .35  # risk that FGSM may miss
+ONE_STEP = 0.35  # risk that FGSM may miss
+
 
 def one_step_check(s):
     "1. What one step misses: catastrophic overfitting is FGSM found harmless and PGD deadly."
     one, many = s.wrong(s.step()).mean(), s.wrong(s.attacked).mean()
-    return check('one step', many - one, ONE_STEP, many - one > ONE_STEP,
-                 f"FGSM breaks {short(one)}, PGD-20 {short(many)}")
+    return check(
+        "one step",
+        many - one,
+        ONE_STEP,
+        many - one > ONE_STEP,
+        f"FGSM breaks {short(one)}, PGD-20 {short(many)}",
+    )
 
-BLIND = .25  # risk that PGD on the cross-entropy may miss
+
+BLIND = 0.25  # risk that PGD on the cross-entropy may miss
+
 
 def strongest_check(s, worst):
     "1. What PGD on the cross-entropy misses and the whole audit finds."
     many = s.wrong(s.attacked).mean()
-    return check('strongest', worst.mean() - many, BLIND, worst.mean() - many > BLIND,
-                 f"PGD-20 breaks {short(many)}, all attacks together {short(worst.mean())}")
+    return check(
+        "strongest",
+        worst.mean() - many,
+        BLIND,
+        worst.mean() - many > BLIND,
+        f"PGD-20 breaks {short(many)}, all attacks together {short(worst.mean())}",
+    )
 
 
 def label_check(s):
@@ -770,21 +920,33 @@ def label_check(s):
     true, guess = s.wrong(s.step()), towards(named)
     others = [towards(v, targeted=True).mean() for v in (least, random)]
     flagged = falls(guess, true) < ALARM
-    return check('labels', guess.mean() - true.mean(), 0., flagged,
-                 f"FGSM breaks {short(true.mean())} with true labels, {short(guess.mean())} with "
-                 f"predicted ones, {short(others[0])} towards the least likely class, "
-                 f"{short(others[1])} towards a random one")
+    return check(
+        "labels",
+        guess.mean() - true.mean(),
+        0.0,
+        flagged,
+        f"FGSM breaks {short(true.mean())} with true labels, {short(guess.mean())} with "
+        f"predicted ones, {short(others[0])} towards the least likely class, "
+        f"{short(others[1])} towards a random one",
+    )
 
 
 def probe_check(s):
     "3. How well a linear classifier reads the label off sign(gradient): noted, it proves nothing."
     y = s.y.cpu().numpy()
-    if np.bincount(y)[np.unique(y)].min() < 5: return skipped('probe', "too few images a class")
+    if np.bincount(y)[np.unique(y)].min() < 5:
+        return skipped("probe", "too few images a class")
     signs = s.gradient.flatten(1).sign().cpu().numpy()
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    score = cross_val_score(RidgeClassifier(alpha=100.), signs, y, cv=folds).mean()
-    return check('probe', score, None, None, "a linear classifier reads the class off "
-                 f"sign(gradient) with accuracy {short(score)} (from sound networks as well)")
+    score = cross_val_score(RidgeClassifier(alpha=100.0), signs, y, cv=folds).mean()
+    return check(
+        "probe",
+        score,
+        None,
+        None,
+        "a linear classifier reads the class off "
+        f"sign(gradient) with accuracy {short(score)} (from sound networks as well)",
+    )
 
 # %% ../nbs/12_audit.ipynb #d293c592
 def step_check(s):
@@ -795,25 +957,37 @@ def step_check(s):
     peak = inner[inner.mean(1).argmax()]
     p = falls(peak, end) * len(inner)
     at = times[inner.mean(1).argmax()]
-    return check('step sweep', max(0., peak.mean() - end.mean()), 0., p < ALARM,
-                 f"{at:.1f} of the FGSM step breaks {short(peak.mean())}, the whole "
-                 f"{short(end.mean())}, 1.5 of it {short(risk[-1].mean())}")
+    return check(
+        "step sweep",
+        max(0.0, peak.mean() - end.mean()),
+        0.0,
+        p < ALARM,
+        f"{at:.1f} of the FGSM step breaks {short(peak.mean())}, the whole "
+        f"{short(end.mean())}, 1.5 of it {short(risk[-1].mean())}",
+    )
 
 
 def grey_check(s):
     "5. At half the range every image reaches grey: there the risk has an exact lower bound."
-    if s.box is None: return skipped('grey', "needs a valid range")
-    half = (s.box[1] - s.box[0]) / 2 * (1 if s.norm == 'linf' else s.x[0].numel()**.5)
+    if s.box is None:
+        return skipped("grey", "needs a valid range")
+    half = (s.box[1] - s.box[0]) / 2 * (1 if s.norm == "linf" else s.x[0].numel() ** 0.5)
     found = s.wrong(s.pgd(half)).mean()
     least = 1 - torch.bincount(s.y).max().item() / len(s.y)
-    return check('grey', least - found, GREY, least - found > GREY,
-                 f"at a radius that reaches grey every classifier fails on {short(least)} or more; "
-                 f"PGD-20 finds {short(found)}")
+    return check(
+        "grey",
+        least - found,
+        GREY,
+        least - found > GREY,
+        f"at a radius that reaches grey every classifier fails on {short(least)} or more; "
+        f"PGD-20 finds {short(found)}",
+    )
 
-GREY = .1  # risk that PGD-20 may miss where grey is in reach
+
+GREY = 0.1  # risk that PGD-20 may miss where grey is in reach
 
 
-ALIGNED = .35  # mean cosine below which one step says nothing about the ball
+ALIGNED = 0.35  # mean cosine below which one step says nothing about the ball
 
 
 def alignment_check(s):
@@ -821,59 +995,92 @@ def alignment_check(s):
     u = torch.rand(s.x.shape, generator=s.generator(), device=s.x.device)
     cos = gradient_cosine(s.net, s.x, s.y, s.x + s.eps * (2 * u - 1)).detach()
     moved = cos[s.gradient.flatten(1).abs().amax(1) > 0]
-    if not len(moved): return skipped('alignment', "every gradient is zero")
+    if not len(moved):
+        return skipped("alignment", "every gradient is zero")
     cos = moved.mean().item()
-    return check('alignment', cos, ALIGNED, cos < ALIGNED,
-                 f"gradients at x and at x + noise have a mean cosine of {cos:.2f}")
+    return check(
+        "alignment",
+        cos,
+        ALIGNED,
+        cos < ALIGNED,
+        f"gradients at x and at x + noise have a mean cosine of {cos:.2f}",
+    )
 
 
 def transfer_check(s, surrogate, worst):
     "7. Points made on another network may not break what the network's own gradient could not."
-    if surrogate is None: return skipped('transfer', "no surrogate was given")
+    if surrogate is None:
+        return skipped("transfer", "no surrogate was given")
     other = replace(s, net=Counted(attackable(surrogate, s.x.device)))
     found = s.wrong(other.pgd(s.eps)) & ~worst
-    return check('transfer', found.mean(), TRANSFER, found.mean() > TRANSFER,
-                 f"points made on the surrogate break {short(found.mean())} of the images that no "
-                 "attack on the network itself broke")
+    return check(
+        "transfer",
+        found.mean(),
+        TRANSFER,
+        found.mean() > TRANSFER,
+        f"points made on the surrogate break {short(found.mean())} of the images that no "
+        "attack on the network itself broke",
+    )
 
-TRANSFER = .02
+
+TRANSFER = 0.02
 
 # %% ../nbs/12_audit.ipynb #09686144
-ZERO = .02  # share of images whose gradient may vanish: it hides at most as much risk
+ZERO = 0.02  # share of images whose gradient may vanish: it hides at most as much risk
+
 
 def gradient_check(s):
     "8. A gradient of exact zeros leads nowhere: saturated logits, rounding, a detached branch."
     zero = (s.gradient.flatten(1).abs().amax(1) == 0).float().mean().item()
-    return check('zero gradient', zero, ZERO, zero > ZERO,
-                 f"the loss has an all-zero gradient at {short(zero)} of the images")
+    return check(
+        "zero gradient",
+        zero,
+        ZERO,
+        zero > ZERO,
+        f"the loss has an all-zero gradient at {short(zero)} of the images",
+    )
 
 
 def noise_check(s):
     "8. A random corner of the ball may not beat the gradient."
     noise, step = s.wrong(s.noise()), s.wrong(s.step())
-    return check('noise', noise.mean() - step.mean(), 0., falls(noise, step) < ALARM,
-                 f"random noise of radius eps breaks {short(noise.mean())}, FGSM "
-                 f"{short(step.mean())}")
+    return check(
+        "noise",
+        noise.mean() - step.mean(),
+        0.0,
+        falls(noise, step) < ALARM,
+        f"random noise of radius eps breaks {short(noise.mean())}, FGSM {short(step.mean())}",
+    )
 
 
-UNITS = .1  # risk under FGSM that other units may take away
+UNITS = 0.1  # risk under FGSM that other units may take away
+
 
 def unit_check(s, leaking):
     "8. Units: a network made for standardised inputs resists better on them than on pixels."
-    if leaking: return skipped('units', "a leaking network prefers anything to clean images")
-    if s.box is None: return skipped('units', "needs pixels")
+    if leaking:
+        return skipped("units", "a leaking network prefers anything to clean images")
+    if s.box is None:
+        return skipped("units", "needs pixels")
     axes = (0, *range(2, s.x.ndim))
     mean, std = s.x.mean(axes, keepdim=True), s.x.std(axes, keepdim=True).clamp_min(1e-6)
     other = replace(s, x=(s.x - mean) / std, eps=s.eps / std, box=None)
-    if s.norm == 'l2': other.eps = s.eps / std.mean()
+    if s.norm == "l2":
+        other.eps = s.eps / std.mean()
     pixels, scaled = s.wrong(s.step()), other.wrong(other.step())
     gain = pixels.mean() - scaled.mean()
-    return check('units', gain, UNITS, gain > UNITS and falls(pixels, scaled) < ALARM,
-                 f"FGSM breaks {short(pixels.mean())} on pixels, {short(scaled.mean())} if inputs "
-                 "and radius are standardised")
+    return check(
+        "units",
+        gain,
+        UNITS,
+        gain > UNITS and falls(pixels, scaled) < ALARM,
+        f"FGSM breaks {short(pixels.mean())} on pixels, {short(scaled.mean())} if inputs "
+        "and radius are standardised",
+    )
 
 
 NEIGHBOUR = 1e-3  # relative change of a logit: rounding makes 1e-6
+
 
 def neighbour_check(s, model):
     "8. BatchNorm (or dropout) in training mode: an image's logits depend on its neighbours."
@@ -883,39 +1090,58 @@ def neighbour_check(s, model):
         whole = net(s.x)
         for c in s.y.unique():  # an image among its own class, instead of among all
             i = s.y == c
-            if i.sum() > 1: whole[i] -= net(s.x[i])
-            else: whole[i] = 0
+            if i.sum() > 1:
+                whole[i] -= net(s.x[i])
+            else:
+                whole[i] = 0
         change = (whole.abs().amax(1).median() / s.logits.std()).item()
-    return check('neighbours', change, NEIGHBOUR, change > NEIGHBOUR,
-                 f"logits move by {change:.1g} of their spread with the other images of a batch"
-                 + " (handed over in training mode, audited in evaluation mode)" * trains)
+    return check(
+        "neighbours",
+        change,
+        NEIGHBOUR,
+        change > NEIGHBOUR,
+        f"logits move by {change:.1g} of their spread with the other images of a batch"
+        + " (handed over in training mode, audited in evaluation mode)" * trains,
+    )
 
 
 def range_check(s):
     "8. What the valid range takes from the attack; [0, 1] where none is given."
-    box = s.box or (0., 1.)
+    box = s.box or (0.0, 1.0)
     if s.x.min() < box[0] or s.x.max() > box[1]:
-        return skipped('valid range', "the images are not pixels in [0, 1]")
+        return skipped("valid range", "the images are not pixels in [0, 1]")
     inside, outside = (s.wrong(s.pgd(s.eps, box=b)).mean() for b in (box, None))
     flagged = None if s.box is not None else bool(outside - inside > RANGE)
-    return check('valid range', outside - inside, RANGE, flagged,
-                 f"PGD-20 breaks {short(inside)} inside [{box[0]:g}, {box[1]:g}], "
-                 f"{short(outside)} without the range")
+    return check(
+        "valid range",
+        outside - inside,
+        RANGE,
+        flagged,
+        f"PGD-20 breaks {short(inside)} inside [{box[0]:g}, {box[1]:g}], "
+        f"{short(outside)} without the range",
+    )
 
-RANGE = .05
+
+RANGE = 0.05
 
 
 def reach_check(s):
     "8. Two images of different classes within 2 eps: no classifier is right in both balls."
     eps = torch.as_tensor(s.eps, device=s.x.device).clamp_min(1e-12)  # one, or one per channel
-    x = (s.x / (eps if s.norm == 'linf' else eps.min())).flatten(1)
-    pairs = torch.cdist(x, x, p=math.inf if s.norm == 'linf' else 2)
+    x = (s.x / (eps if s.norm == "linf" else eps.min())).flatten(1)
+    pairs = torch.cdist(x, x, p=math.inf if s.norm == "linf" else 2)
     near = ((pairs <= 2) & (s.y[:, None] != s.y)).cpu().numpy()
     least = greedy_matching(near) / len(s.y)
-    return check('reach', least, REACH, least > REACH,
-                 f"at this radius every classifier fails on {short(least)} of these images or more")
+    return check(
+        "reach",
+        least,
+        REACH,
+        least > REACH,
+        f"at this radius every classifier fails on {short(least)} of these images or more",
+    )
 
-REACH = .05
+
+REACH = 0.05
 
 
 def greedy_matching(near):
@@ -930,7 +1156,7 @@ def greedy_matching(near):
 
 
 def skipped(name, why):
-    return dict(check(name, None, None, None, f"not run: {why}"), state='skipped')
+    return dict(check(name, None, None, None, f"not run: {why}"), state="skipped")
 
 # %% ../nbs/12_audit.ipynb #b55be0c6
 def diagnosis(
@@ -941,45 +1167,62 @@ def diagnosis(
     cfg: dict,
 ) -> list:  # of plain data, a check each
     "Checks 1 to 8: is there a sign that the numbers are not what they seem?"
-    raw = {a: p != found['y'] for a, p in found['preds'].items()}
-    worst = np.any([v[found['aside']] for v in raw.values()], 0) | s.wrong(s.attacked)
+    raw = {a: p != found["y"] for a, p in found["preds"].items()}
+    worst = np.any([v[found["aside"]] for v in raw.values()], 0) | s.wrong(s.attacked)
     order = order_check(raw)
-    return [order, one_step_check(s), strongest_check(s, worst), label_check(s),
-            probe_check(s), step_check(s), grey_check(s), alignment_check(s),
-            transfer_check(s, surrogate, worst), gradient_check(s), noise_check(s),
-            unit_check(s, order['state'] == 'flag'), neighbour_check(s, model), range_check(s),
-            reach_check(s)]
+    return [
+        order,
+        one_step_check(s),
+        strongest_check(s, worst),
+        label_check(s),
+        probe_check(s),
+        step_check(s),
+        grey_check(s),
+        alignment_check(s),
+        transfer_check(s, surrogate, worst),
+        gradient_check(s),
+        noise_check(s),
+        unit_check(s, order["state"] == "flag"),
+        neighbour_check(s, model),
+        range_check(s),
+        reach_check(s),
+    ]
 
 
 REASONS = {
-    'label leaking': ('order', 'labels'),
-    'overfitting to one step': ('one step', 'step sweep', 'alignment'),
-    'gradient masking': ('strongest', 'grey', 'transfer', 'zero gradient', 'noise'),
-    'inputs in other units than the model was made for': ('units',),
-    'logits that depend on the other images of a batch': ('neighbours',),
-    'points outside the valid range': ('valid range',),
-    'a radius at which no classifier can be right': ('reach',),
+    "label leaking": ("order", "labels"),
+    "overfitting to one step": ("one step", "step sweep", "alignment"),
+    "gradient masking": ("strongest", "grey", "transfer", "zero gradient", "noise"),
+    "inputs in other units than the model was made for": ("units",),
+    "logits that depend on the other images of a batch": ("neighbours",),
+    "points outside the valid range": ("valid range",),
+    "a radius at which no classifier can be right": ("reach",),
 }
 
 
 def reasons_of(checks):
     "The reasons behind the alarms, each with the checks that raised it."
-    flagged = [c['check'] for c in checks or [] if c['state'] == 'flag']
+    flagged = [c["check"] for c in checks or [] if c["state"] == "flag"]
     found = {why: [c for c in flagged if c in names] for why, names in REASONS.items()}
     return {why: names for why, names in found.items() if names}
 
 
 def verdict_of(checks):
     "One sentence over all checks."
-    if not checks: return "not diagnosed"
+    if not checks:
+        return "not diagnosed"
     why = [f"{reason} ({', '.join(names)})" for reason, names in reasons_of(checks).items()]
-    return f"do not trust these numbers: {'; '.join(why)}" if why else (
-        "trust these numbers: no check found a reason not to")
+    return (
+        f"do not trust these numbers: {'; '.join(why)}"
+        if why
+        else ("trust these numbers: no check found a reason not to")
+    )
 
 # %% ../nbs/12_audit.ipynb #706e37c0
 @dataclass(frozen=True)
 class PairedReports:
     "Two audits of the same images side by side"
+
     rows: tuple  # a dict per class: name, a, b, diff, p; b - a, McNemar's p (not adjusted)
     worst: Paired  # worst-class risk of b minus that of a, percentile bootstrap
     guaranteed: Paired  # the same with guaranteed coverage
@@ -987,22 +1230,28 @@ class PairedReports:
     seeds: int  # audits on each side
 
     def __str__(self):
-        body = [[r['name'][:12], short(r['a']), short(r['b']), f"{r['diff']:+.3f}",
-                 f"{r['p']:.2g}"] for r in self.rows]
-        ends = [('worst class', self.worst), ('average', self.average),
-                ('worst, guaranteed' if self.seeds == 1 else 'worst, wide', self.guaranteed)]
-        show = [f'{what:<18} {d.diff:+.3f} [{d.lo:+.3f}, {d.hi:+.3f}]' for what, d in ends]
-        return '\n'.join([columns([['worst-case risk', 'a', 'b', 'b - a', 'p'], *body]), '', *show])
+        body = [
+            [r["name"][:12], short(r["a"]), short(r["b"]), f"{r['diff']:+.3f}", f"{r['p']:.2g}"]
+            for r in self.rows
+        ]
+        ends = [
+            ("worst class", self.worst),
+            ("average", self.average),
+            ("worst, guaranteed" if self.seeds == 1 else "worst, wide", self.guaranteed),
+        ]
+        show = [f"{what:<18} {d.diff:+.3f} [{d.lo:+.3f}, {d.hi:+.3f}]" for what, d in ends]
+        return "\n".join([columns([["worst-case risk", "a", "b", "b - a", "p"], *body]), "", *show])
 
 
-SETTING = ('eps', 'norm', 'box', 'attacks')  # what two audits must share to be compared
+SETTING = ("eps", "norm", "box", "attacks")  # what two audits must share to be compared
+
 
 def _setting(r, attack):
     "What a report was made with, up to the attack that is compared."
     attack = attack or r.attacks[-1]
-    _one_of('attack', attack, r.attacks)
-    config = r.record['config']
-    return *(str(config[k]) for k in SETTING[:3]), str(r.attacks[:r.attacks.index(attack) + 1])
+    _one_of("attack", attack, r.attacks)
+    config = r.record["config"]
+    return *(str(config[k]) for k in SETTING[:3]), str(r.attacks[: r.attacks.index(attack) + 1])
 
 
 def compare_reports(
@@ -1017,7 +1266,7 @@ def compare_reports(
     a, b = ([v] if isinstance(v, AuditReport) else list(v) for v in (a, b))
     if len(a) != len(b) or not a:
         raise ValueError(f"a and b must be equally many reports, got {len(a)} and {len(b)}")
-    tests = {r.record['test'] for r in a + b}
+    tests = {r.record["test"] for r in a + b}
     if len(tests) > 1:
         raise ValueError(f"reports must be of the same test images, got digests {sorted(tests)}")
     for name, seen in zip(SETTING, zip(*(_setting(r, attack) for r in a + b))):
@@ -1026,14 +1275,23 @@ def compare_reports(
     y, names = a[0].labels, a[0].classes
     fa, fb = (np.stack([r.flags(attack) for r in v]) for v in (a, b))
     ra, rb = (classwise_risk(f, y, len(names)).mean(0) for f in (fa, fb))
+
     def p_value(c):  # images are the units: over seeds, which model errs on this one more often?
         more = (fb.sum(0) - fa.sum(0))[y == c]
         return mcnemar(more < 0, more > 0) if more.size else math.nan
-    rows = tuple(dict(name=names[c], a=ra[c], b=rb[c], diff=rb[c] - ra[c], p=p_value(c))
-                 for c in range(len(names)))
+
+    rows = tuple(
+        dict(name=names[c], a=ra[c], b=rb[c], diff=rb[c] - ra[c], p=p_value(c))
+        for c in range(len(names))
+    )
     boot = lambda f: paired_bootstrap(fa, fb, y, len(names), f, n_boot=n_boot, rng=rng)
-    return PairedReports(rows, boot(worst_class), worst_difference(fa, fb, y, len(names)),
-                         boot(lambda r: np.nanmean(r, -1)), len(a))
+    return PairedReports(
+        rows,
+        boot(worst_class),
+        worst_difference(fa, fb, y, len(names)),
+        boot(lambda r: np.nanmean(r, -1)),
+        len(a),
+    )
 
 # %% ../nbs/12_audit.ipynb #da38af08
 def load_model(
@@ -1045,48 +1303,55 @@ def load_model(
     "The network of a checkpoint, read as plain tensors (`weights_only`)"
     path = _checkpoint_file(path)
     found = _read_state(path)
-    state = found.get('model', found)
+    state = found.get("model", found)
     if not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} must hold a model's tensors, got {list(map(str, state))[:3]} ...")
     for candidate in [name] if name else MODELS:
         net = build(candidate, n_cls, in_ch)
-        try: net.load_state_dict(state)
-        except RuntimeError: continue
-        return net.eval(), found if 'model' in found else {}
-    raise ValueError(f"{path} must fit {name or 'one of ' + ', '.join(MODELS)} with {in_ch} "
-                     f"channels and {n_cls} classes, got tensors {', '.join(list(state)[:3])} ...")
+        try:
+            net.load_state_dict(state)
+        except RuntimeError:
+            continue
+        return net.eval(), found if "model" in found else {}
+    raise ValueError(
+        f"{path} must fit {name or 'one of ' + ', '.join(MODELS)} with {in_ch} "
+        f"channels and {n_cls} classes, got tensors {', '.join(list(state)[:3])} ..."
+    )
 
 
 def _checkpoint_file(path):
     "The newest checkpoint of a folder, or the file itself."
     path = Path(path)
-    return [*checkpoints(path, ALL), path / 'last.pt'][0] if path.is_dir() else path
+    return [*checkpoints(path, ALL), path / "last.pt"][0] if path.is_dir() else path
 
 
 def _read_state(path):
     "A checkpoint of `fit`, its digest verified, or a bare state dict."
-    if not path.exists(): raise FileNotFoundError(f"no checkpoint there: {path} does not exist")
-    try: found = torch.load(path, map_location='cpu', weights_only=True)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint there: {path} does not exist")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise ValueError(f"{path} is not a readable checkpoint: {type(e).__name__}") from e
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(found).__name__}")
-    return read_checkpoint(path) if 'schema' in found else found
+    return read_checkpoint(path) if "schema" in found else found
 
 # %% ../nbs/12_audit.ipynb #eabefd4f
 def _as_trained(path):
     "How the run that wrote a checkpoint loaded its images, by its record; {} where there is none"
-    record = _checkpoint_file(path).parent / 'record.json'
+    record = _checkpoint_file(path).parent / "record.json"
     try:
-        split = json.loads(record.read_text())['data']['split']
-        keys = ('size', 'per_class', 'test_per_class') if split['rule'] == 'thirds' else ('size',)
+        split = json.loads(record.read_text())["data"]["split"]
+        keys = ("size", "per_class", "test_per_class") if split["rule"] == "thirds" else ("size",)
         return {k: split[k] for k in keys}
-    except (OSError, ValueError, KeyError, TypeError): return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def audit_checkpoint(
     path: str | Path,  # a checkpoint of `fit`, or its folder
-    data: str = 'digits',  # as `load` takes it; its test part is attacked
+    data: str = "digits",  # as `load` takes it; its test part is attacked
     eps: float | tuple | None = None,  # radius in pixel units; None: that of the training
     attacks: tuple | None = None,  # from weak to strong; None: `STANDARD`
     *,
@@ -1098,18 +1363,25 @@ def audit_checkpoint(
     **kw,  # norm, box, sweep, batch, seed, device, out, resume, progress of `audit`
 ) -> AuditReport:
     "Audit a training run on the test images it never saw"
-    seed = _read_state(_checkpoint_file(path)).get('cfg', {}).get('seed', 0)
+    seed = _read_state(_checkpoint_file(path)).get("cfg", {}).get("seed", 0)
     given = {k: v for k, v in dict(per_class=per_class, size=size).items() if v is not None}
-    images = load(data, seed, **{**_as_trained(path), **given}, progress=kw.get('progress', True))
+    images = load(data, seed, **{**_as_trained(path), **given}, progress=kw.get("progress", True))
     shape = images.test.n_cls, images.test.x.shape[1]
     model, found = load_model(path, *shape, name)
-    if images.split['rule'] == 'thirds' and found.get('data', images.digest()) != images.digest():
-        raise ValueError(f"{path} was trained on data with digest {found['data']}, got "
-                         f"{images.digest()}: test images may be among those it was trained on")
-    if eps is None: eps = found.get('cfg', {}).get('eps')
-    if eps is None: raise ValueError("eps must be given: the checkpoint names no radius")
-    test = images.test if test_per_class is None else spread_subset(
-        images.test, test_per_class * shape[0])
+    if images.split["rule"] == "thirds" and found.get("data", images.digest()) != images.digest():
+        raise ValueError(
+            f"{path} was trained on data with digest {found['data']}, got "
+            f"{images.digest()}: test images may be among those it was trained on"
+        )
+    if eps is None:
+        eps = found.get("cfg", {}).get("eps")
+    if eps is None:
+        raise ValueError("eps must be given: the checkpoint names no radius")
+    test = (
+        images.test
+        if test_per_class is None
+        else spread_subset(images.test, test_per_class * shape[0])
+    )
     other = None if surrogate is None else load_model(surrogate, *shape)[0]
     eps = tuple(eps) if isinstance(eps, list) else eps
     return audit(model, test, eps, attacks, surrogate=other, **kw)

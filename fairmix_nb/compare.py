@@ -14,49 +14,23 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 from .attacks import attack_by_name
-from .audit import STANDARD
-from .audit import audit_checkpoint
-from .audit import columns
-from .audit import load_report
-from .audit import short
-from .data import Data
-from .data import load
-from .data import lookup
-from .data import write_aside
-from .models import MODELS
-from .models import build
-from .risk import classwise_risk
-from .risk import exact_interval
-from .risk import pack_flags
-from .risk import paired_bootstrap
-from .risk import summary
-from .risk import unpack_flags
-from .risk import worst_difference
-from .risk import worst_case
-from .risk import worst_interval
-from .train import ALL
-from .train import SCHEMA
-from .train import TrainCfg
-from .train import attack_errors
-from .train import checkpoints
-from .train import fit
-from .train import load_checkpoint
-from .train import named_bar
-from .train import number
-from .train import pick_device
-from .train import provenance
+from .audit import STANDARD, audit_checkpoint, columns, load_report, short
+from .data import Data, load, lookup, write_aside
+from .models import MODELS, build
+from .risk import classwise_risk, exact_interval, pack_flags, paired_bootstrap, summary
+from .risk import unpack_flags, worst_case, worst_difference, worst_interval
+from .train import ALL, SCHEMA, TrainCfg, attack_errors, checkpoints, fit, load_checkpoint
+from .train import named_bar, number, pick_device, provenance
 from .train import resume as resume_fit
 
 # %% ../nbs/13_compare.ipynb #9b593cae
@@ -435,7 +409,8 @@ def header(c):
     r, data, cfg = c.record, c.record["data"], c.record["config"]
     n, origin = int(c.counts(c.methods[0])[1].sum()), r["runs"][0]["provenance"]
     where = (
-        origin["gpu"] or f"{origin['cpu']}, {origin['threads']} thread{'s'[:origin['threads'] - 1]}"
+        origin["gpu"]
+        or f"{origin['cpu']}, {origin['threads']} thread{'s'[: origin['threads'] - 1]}"
     )
     seconds, eps = sum(run["seconds"] for run in r["runs"]), cfg["cfg"]["eps"]
     return (

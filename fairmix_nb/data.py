@@ -27,21 +27,33 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images `(n, c, h, w)` as uint8, labels `(n,)` as int64, and the names of the classes."
-    x: Tensor # uint8 `(n, c, h, w)`, pixels 0..255
-    y: Tensor # int64 `(n,)`, 0..C-1
-    classes: tuple # C distinct names
 
-    def __post_init__(self): _check_images(self.x, self.y, self.classes)
-    def __len__(self): return len(self.y)
+    x: Tensor  # uint8 `(n, c, h, w)`, pixels 0..255
+    y: Tensor  # int64 `(n,)`, 0..C-1
+    classes: tuple  # C distinct names
+
+    def __post_init__(self):
+        _check_images(self.x, self.y, self.classes)
+
+    def __len__(self):
+        return len(self.y)
+
     def __repr__(self):
         c, h, w = self.x.shape[1:]
         size = f"{len(self):,} images {c} x {h} x {w}"
         return f"ImageSet({size}, {self.n_cls} classes, {self.x.device})"
+
     @property
-    def n_cls(self) -> int: return len(self.classes)
-    def counts(self) -> list: return torch.bincount(self.y, minlength=self.n_cls).tolist()
-    def subset(self, index) -> 'ImageSet': return replace(self, x=self.x[index], y=self.y[index])
-    def to(self, device) -> 'ImageSet':
+    def n_cls(self) -> int:
+        return len(self.classes)
+
+    def counts(self) -> list:
+        return torch.bincount(self.y, minlength=self.n_cls).tolist()
+
+    def subset(self, index) -> "ImageSet":
+        return replace(self, x=self.x[index], y=self.y[index])
+
+    def to(self, device) -> "ImageSet":
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def floats(self, index=slice(None)) -> Tensor:
@@ -52,68 +64,83 @@ class ImageSet:
         "16 hex digits that change when a pixel, a label, a name or the shape changes."
         names = json.dumps([list(self.x.shape), list(self.classes)]).encode()
         parts = self.x.cpu().numpy().tobytes(), self.y.cpu().numpy().tobytes(), names
-        return hashlib.sha256(b''.join(parts)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 # %% ../nbs/09_data.ipynb #a5f10a75
 def as_floats(
-    x: Tensor, # pixels 0..255, any shape
-) -> Tensor: # float32, a new tensor
+    x: Tensor,  # pixels 0..255, any shape
+) -> Tensor:  # float32, a new tensor
     "Pixels as numbers in [0, 1]: `x / 255`, the only conversion, same bits on every device."
-    return x.to(torch.float32, copy=True).div_(torch.full((), 255., device=x.device))
+    return x.to(torch.float32, copy=True).div_(torch.full((), 255.0, device=x.device))
 
 # %% ../nbs/09_data.ipynb #cce5ccb7
 def _check_images(x, y, classes):
     "Refuse all but uint8 `(n, c, h, w)`, int64 labels `(n,)` in 0..C-1 and C distinct names."
-    def say(what, expected, got): raise ValueError(f"{what} must be {expected}, got {got}")
+
+    def say(what, expected, got):
+        raise ValueError(f"{what} must be {expected}, got {got}")
+
     for name, t in dict(x=x, y=y).items():
-        if not isinstance(t, Tensor): say(name, 'a torch tensor', type(t).__name__)
-    if x.dtype != torch.uint8: say('x', 'uint8 (pixels 0..255)', x.dtype)
-    if x.ndim != 4: say('x', 'of shape (n, c, h, w)', tuple(x.shape))
-    if y.dtype != torch.int64: say('y', 'int64', y.dtype)
-    if y.shape != x.shape[:1]: say('y', f'of shape ({len(x)},)', tuple(y.shape))
+        if not isinstance(t, Tensor):
+            say(name, "a torch tensor", type(t).__name__)
+    if x.dtype != torch.uint8:
+        say("x", "uint8 (pixels 0..255)", x.dtype)
+    if x.ndim != 4:
+        say("x", "of shape (n, c, h, w)", tuple(x.shape))
+    if y.dtype != torch.int64:
+        say("y", "int64", y.dtype)
+    if y.shape != x.shape[:1]:
+        say("y", f"of shape ({len(x)},)", tuple(y.shape))
     names = isinstance(classes, tuple) and all(isinstance(c, str) for c in classes)
     if not (names and classes):
-        say('classes', 'a non-empty tuple of names', repr(classes))
-    if len(set(classes)) < len(classes): say('classes', 'distinct names', repr(classes))
+        say("classes", "a non-empty tuple of names", repr(classes))
+    if len(set(classes)) < len(classes):
+        say("classes", "distinct names", repr(classes))
     if len(y) and not 0 <= y.min() <= y.max() < len(classes):
-        say('labels', f'in 0..{len(classes) - 1}', f'{y.min()}..{y.max()}')
+        say("labels", f"in 0..{len(classes) - 1}", f"{y.min()}..{y.max()}")
 
 # %% ../nbs/09_data.ipynb #f04d6d49
 @dataclass(frozen=True, eq=False)
 class Data:
     "Three disjoint parts of one data set, and how they were made."
-    train: ImageSet # what the weights see
-    val: ImageSet # what choices are made on
-    test: ImageSet # what reports are made on
-    name: str # 'digits', 'cifar10' or the folder's name
-    seed: int # of the split
-    split: dict # the rule and its sizes, as plain data
 
-    def to(self, device) -> 'Data':
-        parts = {p: getattr(self, p).to(device) for p in ('train', 'val', 'test')}
+    train: ImageSet  # what the weights see
+    val: ImageSet  # what choices are made on
+    test: ImageSet  # what reports are made on
+    name: str  # 'digits', 'cifar10' or the folder's name
+    seed: int  # of the split
+    split: dict  # the rule and its sizes, as plain data
+
+    def to(self, device) -> "Data":
+        parts = {p: getattr(self, p).to(device) for p in ("train", "val", "test")}
         return replace(self, **parts)
 
     def describe(self) -> dict:
         "Plain data for a record: name, seed, split, sizes, classes, shape of an image, digests."
         parts = dict(train=self.train, val=self.val, test=self.test)
-        return dict(name=self.name, seed=self.seed, split=dict(self.split),
-                    sizes={k: len(p) for k, p in parts.items()}, classes=list(self.train.classes),
-                    shape=list(self.train.x.shape[1:]),
-                    digests={k: p.digest() for k, p in parts.items()})
+        return dict(
+            name=self.name,
+            seed=self.seed,
+            split=dict(self.split),
+            sizes={k: len(p) for k, p in parts.items()},
+            classes=list(self.train.classes),
+            shape=list(self.train.x.shape[1:]),
+            digests={k: p.digest() for k, p in parts.items()},
+        )
 
     def digest(self) -> str:
         "16 hex digits made of the three parts' digests."
-        digests = ''.join(self.describe()['digests'].values())
+        digests = "".join(self.describe()["digests"].values())
         return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 # %% ../nbs/09_data.ipynb #7eb38b01
 def rank_in_class(
-    y: np.ndarray, # labels `(n,)`
-    rng: np.random.RandomState, # shuffles
-) -> np.ndarray: # `(n,)`, ranks 0, 1, 2, ... inside each class
+    y: np.ndarray,  # labels `(n,)`
+    rng: np.random.RandomState,  # shuffles
+) -> np.ndarray:  # `(n,)`, ranks 0, 1, 2, ... inside each class
     "A random rank for every image inside its class."
     order = rng.permutation(len(y))
-    order = order[np.argsort(y[order], kind='stable')]  # by class, shuffled inside
+    order = order[np.argsort(y[order], kind="stable")]  # by class, shuffled inside
     count = np.bincount(y)
     rank = np.empty(len(y), int)
     rank[order] = np.arange(len(y)) - np.repeat(np.cumsum(count) - count, count)
@@ -122,109 +149,130 @@ def rank_in_class(
 # %% ../nbs/09_data.ipynb #20bd7186
 _STREAM = dict(fold=1, val=2, subset=3)
 
+
 def _rng(stream, seed=0):
     "RandomState, not Generator: NumPy froze its stream for good, so splits outlive versions."
     return np.random.RandomState([_STREAM[stream], seed])
 
+
 def n_val(
-    n: np.ndarray, # images a class
+    n: np.ndarray,  # images a class
 ) -> np.ndarray:
     "Validation images a class: a tenth, at least 1, at most 100."
     return np.clip(np.rint(np.asarray(n) / 10).astype(int), 1, 100)
 
 # %% ../nbs/09_data.ipynb #f4db0668
 def split_index(
-    y: np.ndarray, # labels `(n,)`
-    seed: int = 0, # `seed % 3` is the third that is the test part, `seed // 3` shuffles
+    y: np.ndarray,  # labels `(n,)`
+    seed: int = 0,  # `seed % 3` is the third that is the test part, `seed // 3` shuffles
     *,
-    thirds: bool = True, # False: there is an official test part, so test comes back empty
-    per_class: int | None = None, # training images kept a class
-) -> dict: # 'train', 'val', 'test' -> sorted index arrays
+    thirds: bool = True,  # False: there is an official test part, so test comes back empty
+    per_class: int | None = None,  # training images kept a class
+) -> dict:  # 'train', 'val', 'test' -> sorted index arrays
     "Three disjoint stratified parts; seeds 0, 1, 2 test each image exactly once."
     every = np.arange(len(y))
-    is_test = (rank_in_class(y, _rng('fold', seed // 3)) % 3 == seed % 3) & thirds
+    is_test = (rank_in_class(y, _rng("fold", seed // 3)) % 3 == seed % 3) & thirds
     pool = rest = every[~is_test]
     if per_class is not None:
-        kept = rank_in_class(y[pool], _rng('subset')) < per_class
+        kept = rank_in_class(y[pool], _rng("subset")) < per_class
         train, rest = pool[kept], pool[~kept]
     want = n_val(np.bincount(y[pool]))
-    val = rest[rank_in_class(y[rest], _rng('val', seed)) < want[y[rest]]]
-    if per_class is None: train = np.setdiff1d(pool, val)
+    val = rest[rank_in_class(y[rest], _rng("val", seed)) < want[y[rest]]]
+    if per_class is None:
+        train = np.setdiff1d(pool, val)
     return dict(train=train, val=val, test=every[is_test])
 
 # %% ../nbs/09_data.ipynb #32f1962e
-def _check_counts(y, classes, thirds, per_class, part=''):
+def _check_counts(y, classes, thirds, per_class, part=""):
     "Every part needs an image of every class."
     n = np.bincount(y, minlength=len(classes))
-    least, why = (3, 'train, validation and test') if thirds else (2, 'train and validation')
+    least, why = (3, "train, validation and test") if thirds else (2, "train and validation")
     for name, k in zip(classes, n):
-        if k < least: raise ValueError(f"class {name!r} must have at least {least} images{part}, "
-                                       f"one each for {why}, got {k}")
+        if k < least:
+            raise ValueError(
+                f"class {name!r} must have at least {least} images{part}, "
+                f"one each for {why}, got {k}"
+            )
     pool = n - -(-n // 3) if thirds else n
     most = pool - n_val(pool)
     if per_class is not None and not 1 <= per_class <= most.min():
-        raise ValueError(f"per_class must lie in [1, {most.min()}], the training images of class "
-                         f"{classes[most.argmin()]!r}, got {per_class}")
+        raise ValueError(
+            f"per_class must lie in [1, {most.min()}], the training images of class "
+            f"{classes[most.argmin()]!r}, got {per_class}"
+        )
 
 # %% ../nbs/09_data.ipynb #70fc44fe
 def make_data(
-    whole: ImageSet, # everything, or the official training part
-    name: str, # for the record
-    seed: int = 0, # of the split
+    whole: ImageSet,  # everything, or the official training part
+    name: str,  # for the record
+    seed: int = 0,  # of the split
     *,
-    test: ImageSet | None = None, # the official test part, where there is one
-    per_class: int | None = None, # training images kept a class
-    test_per_class: int | None = None, # test images kept a class
+    test: ImageSet | None = None,  # the official test part, where there is one
+    per_class: int | None = None,  # training images kept a class
+    test_per_class: int | None = None,  # test images kept a class
 ) -> Data:
     "Cut a set in train, validation and test."
     y, thirds = whole.y.numpy(), test is None
     _check_counts(y, whole.classes, thirds, per_class)
     index = split_index(y, seed, thirds=thirds, per_class=per_class)
     part = {k: whole.subset(torch.from_numpy(i)) for k, i in index.items()}
-    test = part['test'] if thirds else test
+    test = part["test"] if thirds else test
     if test_per_class is not None:
         least = min(test.counts())
         if not 1 <= test_per_class <= least:
             raise ValueError(f"test_per_class must lie in [1, {least}], got {test_per_class}")
-        kept = rank_in_class(test.y.numpy(), _rng('subset')) < test_per_class
+        kept = rank_in_class(test.y.numpy(), _rng("subset")) < test_per_class
         test = test.subset(torch.from_numpy(np.flatnonzero(kept)))
-    how = dict(rule='thirds' if thirds else 'official test')
-    if thirds: how |= dict(fold=seed % 3, shuffle=seed // 3)
-    how |= dict(per_class=per_class, test_per_class=test_per_class, size=list(whole.x.shape[2:]),
-                train=len(part['train']), val=len(part['val']), test=len(test))
-    return Data(part['train'], part['val'], test, name, seed, how)
+    how = dict(rule="thirds" if thirds else "official test")
+    if thirds:
+        how |= dict(fold=seed % 3, shuffle=seed // 3)
+    how |= dict(
+        per_class=per_class,
+        test_per_class=test_per_class,
+        size=list(whole.x.shape[2:]),
+        train=len(part["train"]),
+        val=len(part["val"]),
+        test=len(test),
+    )
+    return Data(part["train"], part["val"], test, name, seed, how)
 
 # %% ../nbs/09_data.ipynb #12384815
 def progress_bar(
-    iterable=None, # what to walk through; None with `total=` for a bar moved by hand
-    progress: bool = True, # False: silent
-    **kw, # for tqdm: `total`, `desc`, ...
+    iterable=None,  # what to walk through; None with `total=` for a bar moved by hand
+    progress: bool = True,  # False: silent
+    **kw,  # for tqdm: `total`, `desc`, ...
 ) -> object:
     "tqdm's bar for the place it runs in; silent in tests and where TQDM_DISABLE is set."
     from tqdm.auto import tqdm
-    off = not progress or bool(os.environ.get('TQDM_DISABLE') or os.environ.get('IN_TEST'))
+
+    off = not progress or bool(os.environ.get("TQDM_DISABLE") or os.environ.get("IN_TEST"))
     return tqdm(iterable, disable=off, **kw)
 
 # %% ../nbs/09_data.ipynb #f6e1342b
 def sync_folder(
-    folder: str | Path, # whose entries were renamed
+    folder: str | Path,  # whose entries were renamed
 ):
     "Flush a folder's entries to the disk: a rename is safe from a power cut only after it."
-    if os.name != 'posix': return  # elsewhere a folder cannot be opened
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened
     at = os.open(folder, os.O_RDONLY)
-    try: os.fsync(at)
-    finally: os.close(at)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
+
 
 def write_aside(
-    path: str | Path, # the file to make or replace
-    write, # bytes, str, or a function that writes to the binary file it is given
+    path: str | Path,  # the file to make or replace
+    write,  # bytes, str, or a function that writes to the binary file it is given
 ) -> Path:
     "Write beside `path`, flush to the disk, rename: `path` is the old file or the new, never half."
     path = Path(path)
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    if isinstance(write, str): write = write.encode()
+    if isinstance(write, str):
+        write = write.encode()
     try:
-        with open(aside, 'wb') as f:
+        with open(aside, "wb") as f:
             write(f) if callable(write) else f.write(write)
             f.flush()
             os.fsync(f.fileno())
@@ -239,14 +287,17 @@ def write_aside(
 def _digits(root, size):
     "scikit-learn's 1,797 digits; their pixels p = 0..16 become round(255 p / 16)."
     from sklearn.datasets import load_digits
+
     d = load_digits()
     x = torch.from_numpy(np.rint(d.images * 255 / 16).astype(np.uint8))[:, None]
     whole = ImageSet(x, torch.from_numpy(d.target).long(), tuple(map(str, d.target_names)))
     return _resized(whole, size), None
 
+
 def _resized(images, size):
     "Pillow's bilinear resize of every image to `(h, w)`; None leaves them."
-    if size in (None, tuple(images.x.shape[2:])): return images
+    if size in (None, tuple(images.x.shape[2:])):
+        return images
     arrays = images.x.permute(0, 2, 3, 1).squeeze(3).numpy()
     x = np.stack([Image.fromarray(a).resize(size[::-1], Image.BILINEAR) for a in arrays])
     x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2)
@@ -256,34 +307,52 @@ def _resized(images, size):
 def _cifar10(root, size):
     "torchvision's CIFAR-10 under `root`: 50,000 training and 10,000 test images."
     from torchvision.datasets import CIFAR10
+
     try:
         parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as e:
         raise FileNotFoundError(
             f"cifar10 is neither in {root}/ nor could it be downloaded ({e}): place "
-            f"cifar-10-python.tar.gz in {root}/ or use a folder of images") from e
-    sets = [ImageSet(torch.from_numpy(np.ascontiguousarray(p.data.transpose(0, 3, 1, 2))),
-                     torch.tensor(p.targets), tuple(p.classes)) for p in parts]
+            f"cifar-10-python.tar.gz in {root}/ or use a folder of images"
+        ) from e
+    sets = [
+        ImageSet(
+            torch.from_numpy(np.ascontiguousarray(p.data.transpose(0, 3, 1, 2))),
+            torch.tensor(p.targets),
+            tuple(p.classes),
+        )
+        for p in parts
+    ]
     return [_resized(s, size) for s in sets]
 
 # %% ../nbs/09_data.ipynb #77a500fe
-EXTENSIONS = '.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp'
+EXTENSIONS = ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"
+
 
 def list_images(
-    folder: str | Path, # holds one folder per class
-) -> tuple: # class names, files relative to `folder`, labels
+    folder: str | Path,  # holds one folder per class
+) -> tuple:  # class names, files relative to `folder`, labels
     "Image files below each class folder, in the order of torchvision's `ImageFolder`."
     folder = Path(folder)
-    shown = lambda path: not any(part.startswith('.') for part in path.relative_to(folder).parts)
-    found = {d.name: [str(Path(at, f).relative_to(folder))
-                      for at, _, names in sorted(os.walk(d, followlinks=True))
-                      for f in sorted(names)
-                      if f.lower().endswith(EXTENSIONS) and shown(Path(at, f))]
-             for d in sorted(folder.iterdir()) if d.is_dir() and shown(d)}
-    if not found: raise ValueError(f"{folder} must hold one folder per class, got none")
+    shown = lambda path: not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    found = {
+        d.name: [
+            str(Path(at, f).relative_to(folder))
+            for at, _, names in sorted(os.walk(d, followlinks=True))
+            for f in sorted(names)
+            if f.lower().endswith(EXTENSIONS) and shown(Path(at, f))
+        ]
+        for d in sorted(folder.iterdir())
+        if d.is_dir() and shown(d)
+    }
+    if not found:
+        raise ValueError(f"{folder} must hold one folder per class, got none")
     for name, files in found.items():
-        if not files: raise ValueError(f"class {name!r} must have images ({' '.join(EXTENSIONS)}), "
-                                       f"got none in {folder / name}")
+        if not files:
+            raise ValueError(
+                f"class {name!r} must have images ({' '.join(EXTENSIONS)}), "
+                f"got none in {folder / name}"
+            )
     labels = np.repeat(np.arange(len(found)), [len(f) for f in found.values()])
     return tuple(found), [f for files in found.values() for f in files], labels
 
@@ -291,36 +360,45 @@ def list_images(
 def _opened(path, work):
     "`work(image)` of the image file `path`; an unreadable file is named."
     try:
-        with Image.open(path) as im: return work(im)
+        with Image.open(path) as im:
+            return work(im)
     except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path} must be a readable image, got {type(e).__name__}: {e}") from e
 
-def _workers(): return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+def _workers():
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
 
 def _headers(folder, files, size):
     "Mode kept for all images, their `(h, w)`, and a note on conversions, from the headers alone."
     with _workers() as pool:
-        def head(f): return _opened(folder / f, lambda im: (im.mode, im.size[::-1]))
+
+        def head(f):
+            return _opened(folder / f, lambda im: (im.mode, im.size[::-1]))
+
         heads = list(pool.map(head, files))
     for f, (mode, hw) in zip(files, heads):
-        if mode[0] in 'IF':
+        if mode[0] in "IF":
             raise ValueError(f"{folder / f} must have 8 bits a channel, got mode {mode!r}")
         if size is None and hw != heads[0][1]:
-            raise ValueError(f"images must have one size, got {files[0]} {heads[0][1]} and {f} "
-                             f"{hw} (height, width) in {folder}: pass size=(h, w)")
+            raise ValueError(
+                f"images must have one size, got {files[0]} {heads[0][1]} and {f} "
+                f"{hw} (height, width) in {folder}: pass size=(h, w)"
+            )
     modes = Counter(mode for mode, _ in heads)
-    keep = 'L' if set(modes) == {'L'} else 'RGB'
+    keep = "L" if set(modes) == {"L"} else "RGB"
     other = [f"{n} {mode}" for mode, n in sorted(modes.items()) if mode != keep]
-    note = f"{folder}: images converted to {keep}: {', '.join(other)}" if other else ''
+    note = f"{folder}: images converted to {keep}: {', '.join(other)}" if other else ""
     return keep, size or heads[0][1], note
 
 # %% ../nbs/09_data.ipynb #b22469ad
 def decode(
-    folder: str | Path, # where `files` start
-    files: list, # names relative to `folder`
-    size: tuple | None = None, # `(h, w)` to resize to
-    progress: bool = True, # False: no bar
-) -> tuple: # array `(n, c, h, w)` uint8, and a note on conversions or ''
+    folder: str | Path,  # where `files` start
+    files: list,  # names relative to `folder`
+    size: tuple | None = None,  # `(h, w)` to resize to
+    progress: bool = True,  # False: no bar
+) -> tuple:  # array `(n, c, h, w)` uint8, and a note on conversions or ''
     "Decode image files: three channels, or one where all are grey."
     folder = Path(folder)
     mode, (h, w), note = _headers(folder, files, size)
@@ -331,21 +409,32 @@ def decode(
             im = im if im.mode == mode else im.convert(mode)
             im = im if im.size == (w, h) else im.resize((w, h), Image.BILINEAR)
             x[i] = np.asarray(im).reshape(h, w, -1)
+
         _opened(folder / files[i], work)
 
     with _workers() as pool:
-        for _ in progress_bar(pool.map(one, range(len(files))), progress, total=len(files),
-                              desc=f"decode {folder.name}", leave=False): pass
+        for _ in progress_bar(
+            pool.map(one, range(len(files))),
+            progress,
+            total=len(files),
+            desc=f"decode {folder.name}",
+            leave=False,
+        ):
+            pass
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2)), note
 
 # %% ../nbs/09_data.ipynb #febd3a26
 def cache_folder() -> Path:
     "Where decoded folders are kept: $FAIRMIX_CACHE, else `~/.cache/fairmix_nb`."
-    return Path(os.environ.get('FAIRMIX_CACHE') or os.path.expanduser('~/.cache/fairmix_nb'))
+    return Path(os.environ.get("FAIRMIX_CACHE") or os.path.expanduser("~/.cache/fairmix_nb"))
+
 
 def _cache_keys(folder, files, size):
     "File of the cache (from the folder and the size), and a digest of what the folder holds."
-    def sha(obj): return hashlib.sha256(json.dumps(obj).encode()).hexdigest()
+
+    def sha(obj):
+        return hashlib.sha256(json.dumps(obj).encode()).hexdigest()
+
     stats = [(f, s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(folder / f)]]
     return cache_folder() / f"{sha([str(folder.absolute()), size])[:24]}.npz", sha(stats)
 
@@ -354,11 +443,13 @@ def _cached(path, listing, n):
     "The decoded array and its note, or None where the cache is absent, stale or damaged."
     try:
         with np.load(path, allow_pickle=False) as z:
-            if str(z['listing']) != listing: return None
-            x, note = z['x'], str(z['note'])
+            if str(z["listing"]) != listing:
+                return None
+            x, note = z["x"], str(z["note"])
     except Exception:  # whatever a damaged file makes NumPy or zipfile raise: it is decoded again
         return None
     return (x, note) if x.dtype == np.uint8 and x.ndim == 4 and len(x) == n else None
+
 
 def _store(path, **arrays):
     "Keep the decoded array; a folder that cannot be written to is said, and no error."
@@ -370,9 +461,9 @@ def _store(path, **arrays):
 
 # %% ../nbs/09_data.ipynb #69ac908a
 def load_folder(
-    folder: str | Path, # one folder per class inside
-    size: tuple | None = None, # `(h, w)` to resize to
-    progress: bool = True, # False: no bar
+    folder: str | Path,  # one folder per class inside
+    size: tuple | None = None,  # `(h, w)` to resize to
+    progress: bool = True,  # False: no bar
 ) -> ImageSet:
     "The images of one folder of class folders, decoded once and cached."
     folder = Path(folder)
@@ -380,131 +471,156 @@ def load_folder(
     path, listing = _cache_keys(folder, files, size)
     found = _cached(path, listing, len(files))
     x, note = found or decode(folder, files, size, progress)
-    if not found: _store(path, x=x, note=note, listing=listing)
-    if note: warnings.warn(note, stacklevel=2)
+    if not found:
+        _store(path, x=x, note=note, listing=listing)
+    if note:
+        warnings.warn(note, stacklevel=2)
     return ImageSet(torch.from_numpy(x), torch.from_numpy(labels), classes)
 
 # %% ../nbs/09_data.ipynb #2e7b177b
 def _folder(folder, size, progress):
     "A folder of class folders, or `train/` and `test/` of them."
-    if not (folder / 'train').is_dir(): return load_folder(folder, size, progress), None
-    if not (folder / 'test').is_dir():
-        raise ValueError(f"{folder} has train/ and must have test/ too, got none: "
-                         f"pass {folder / 'train'} to cut a test part out of it")
-    names = [list_images(folder / part)[0] for part in ('train', 'test')]
+    if not (folder / "train").is_dir():
+        return load_folder(folder, size, progress), None
+    if not (folder / "test").is_dir():
+        raise ValueError(
+            f"{folder} has train/ and must have test/ too, got none: "
+            f"pass {folder / 'train'} to cut a test part out of it"
+        )
+    names = [list_images(folder / part)[0] for part in ("train", "test")]
     if names[0] != names[1]:
-        raise ValueError(f"train/ and test/ of {folder} must have the same class folders, got "
-                         f"only in one of them: {sorted(set(names[0]) ^ set(names[1]))}")
-    train, test = (load_folder(folder / part, size, progress) for part in ('train', 'test'))
+        raise ValueError(
+            f"train/ and test/ of {folder} must have the same class folders, got "
+            f"only in one of them: {sorted(set(names[0]) ^ set(names[1]))}"
+        )
+    train, test = (load_folder(folder / part, size, progress) for part in ("train", "test"))
     if train.x.shape[1:] != test.x.shape[1:]:
-        raise ValueError(f"images of train/ and test/ must have one shape, got "
-                         f"{tuple(train.x.shape[1:])} and {tuple(test.x.shape[1:])} in {folder}")
+        raise ValueError(
+            f"images of train/ and test/ must have one shape, got "
+            f"{tuple(train.x.shape[1:])} and {tuple(test.x.shape[1:])} in {folder}"
+        )
     return train, test
 
 # %% ../nbs/09_data.ipynb #02d85051
 def lookup(
-    what: str, # name of the argument, for the message
-    name: str, # what the caller wrote
-    table: dict, # valid names -> values
-    more: str = '', # something else that would have been valid, such as 'a folder'
+    what: str,  # name of the argument, for the message
+    name: str,  # what the caller wrote
+    table: dict,  # valid names -> values
+    more: str = "",  # something else that would have been valid, such as 'a folder'
 ) -> object:
     "The entry `name` of `table`, or a `ValueError` that lists the valid names and the nearest one."
-    if isinstance(name, str) and name in table: return table[name]
+    if isinstance(name, str) and name in table:
+        return table[name]
     names = [repr(k) for k in table] + [more] * bool(more)
-    valid = ' or '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    valid = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ''
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{what} must be {valid}, got {name!r}{hint}")
 
 # %% ../nbs/09_data.ipynb #24a17490
 def _whole(what, v, least=None):
     "`v` as an int, None where nothing was asked for; no bool, no 2.5, nothing below `least`."
-    if v is None and least is None: return None
+    if v is None and least is None:
+        return None
     whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
     if not whole or least is not None and v < least:
-        low = '' if least is None else f' >= {least}'
+        low = "" if least is None else f" >= {least}"
         raise ValueError(f"{what} must be an integer{low}, got {v!r}")
     return int(v)
 
+
 def _hw(size):
     "`(h, w)` of an int or a pair, None of None."
-    if size is None: return None
+    if size is None:
+        return None
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(size) != 2: raise ValueError(f"size must be an integer or (height, width), got {size}")
-    return tuple(_whole('size', s, 1) for s in size)
+    if len(size) != 2:
+        raise ValueError(f"size must be an integer or (height, width), got {size}")
+    return tuple(_whole("size", s, 1) for s in size)
 
 # %% ../nbs/09_data.ipynb #59891e8e
-SOURCES = {'digits': _digits, 'cifar10': _cifar10}
+SOURCES = {"digits": _digits, "cifar10": _cifar10}
+
 
 def load(
-    name_or_folder: str | Path, # 'digits', 'cifar10' or a folder of images
-    seed: int = 0, # of the split
+    name_or_folder: str | Path,  # 'digits', 'cifar10' or a folder of images
+    seed: int = 0,  # of the split
     *,
-    root: str | Path = 'data', # where torchvision keeps CIFAR-10
-    size: int | tuple | None = None, # resize to `(h, w)`; an int is a square
-    per_class: int | None = None, # training images kept a class, see `split_index`
-    test_per_class: int | None = None, # test images kept a class
-    progress: bool = True, # False: no bar
+    root: str | Path = "data",  # where torchvision keeps CIFAR-10
+    size: int | tuple | None = None,  # resize to `(h, w)`; an int is a square
+    per_class: int | None = None,  # training images kept a class, see `split_index`
+    test_per_class: int | None = None,  # test images kept a class
+    progress: bool = True,  # False: no bar
 ) -> Data:
     "Images as train, validation and test."
-    seed, size = _whole('seed', seed, 0), _hw(size)
-    per_class = _whole('per_class', per_class)
-    test_per_class = _whole('test_per_class', test_per_class)
+    seed, size = _whole("seed", seed, 0), _hw(size)
+    per_class = _whole("per_class", per_class)
+    test_per_class = _whole("test_per_class", test_per_class)
     named = isinstance(name_or_folder, str) and name_or_folder in SOURCES
     folder = Path(name_or_folder).expanduser()
-    if not named and (name_or_folder == '' or not folder.is_dir()):
-        lookup('data', str(name_or_folder), SOURCES, 'a folder')
+    if not named and (name_or_folder == "" or not folder.is_dir()):
+        lookup("data", str(name_or_folder), SOURCES, "a folder")
     whole, test = SOURCES[name_or_folder](root, size) if named else _folder(folder, size, progress)
     name = name_or_folder if named else folder.absolute().name
-    return make_data(whole, name, seed, test=test, per_class=per_class,
-                     test_per_class=test_per_class)
+    return make_data(
+        whole, name, seed, test=test, per_class=per_class, test_per_class=test_per_class
+    )
 
 # %% ../nbs/09_data.ipynb #97ab1b23
 def batches(
-    n: int, # images
-    size: int, # images a batch
-    generator: torch.Generator, # shuffles; the indices live on its device
+    n: int,  # images
+    size: int,  # images a batch
+    generator: torch.Generator,  # shuffles; the indices live on its device
     *,
-    drop_last: bool = False, # True: leave out an incomplete last batch
-) -> tuple: # index tensors `(size,)`
+    drop_last: bool = False,  # True: leave out an incomplete last batch
+) -> tuple:  # index tensors `(size,)`
     "One epoch: a permutation of 0..n-1 cut in batches."
-    if size < 1: raise ValueError(f"size must be at least 1, got {size}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     order = torch.randperm(n, generator=generator, device=generator.device)
-    return order[:n // size * size if drop_last else n].split(size)
+    return order[: n // size * size if drop_last else n].split(size)
 
 # %% ../nbs/09_data.ipynb #966f661a
 def random_crop(
-    x: Tensor, # images `(n, c, h, w)`, any dtype
-    pad: int, # largest shift in pixels, in [0, min(h, w))
-    generator: torch.Generator, # on the device of `x`
+    x: Tensor,  # images `(n, c, h, w)`, any dtype
+    pad: int,  # largest shift in pixels, in [0, min(h, w))
+    generator: torch.Generator,  # on the device of `x`
 ) -> Tensor:
     "Shift every image by its own offset; what comes in at the border is the image reflected."
     n, c, h, w = x.shape
-    if not 0 <= pad < min(h, w): raise ValueError(f"pad must lie in [0, {min(h, w)}), got {pad}")
+    if not 0 <= pad < min(h, w):
+        raise ValueError(f"pad must lie in [0, {min(h, w)}), got {pad}")
     shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator, device=x.device)
-    def reflected(d, k): # row k + d, folded back into 0..k-1
+
+    def reflected(d, k):  # row k + d, folded back into 0..k-1
         at = (torch.arange(k, device=x.device) + d).abs()
         return k - 1 - (k - 1 - at).abs()
+
     index = reflected(shift[0], h)[:, :, None] * w + reflected(shift[1], w)[:, None, :]
     return x.flatten(2).gather(2, index.flatten(1)[:, None].expand(n, c, h * w)).view(n, c, h, w)
 
 # %% ../nbs/09_data.ipynb #c3319517
 def random_flip(
-    x: Tensor, # images `(n, c, h, w)`, any dtype
-    generator: torch.Generator, # on the device of `x`
+    x: Tensor,  # images `(n, c, h, w)`, any dtype
+    generator: torch.Generator,  # on the device of `x`
 ) -> Tensor:
     "Mirror every image left to right with probability 1/2."
     heads = torch.rand(len(x), generator=generator, device=x.device) < 0.5
     return torch.where(heads[:, None, None, None], x.flip(3), x)
 
-AUGMENT = {'none': lambda x, generator: x,
-           'crop_flip': lambda x, generator: random_flip(
-               random_crop(x, max(1, min(x.shape[2:]) // 8), generator), generator)}
+
+AUGMENT = {
+    "none": lambda x, generator: x,
+    "crop_flip": lambda x, generator: random_flip(
+        random_crop(x, max(1, min(x.shape[2:]) // 8), generator), generator
+    ),
+}
+
 
 def augment(
-    x: Tensor, # images `(n, c, h, w)`
-    how: str, # 'none', or 'crop_flip': shifts of up to an eighth of the side, and mirroring
-    generator: torch.Generator, # on the device of `x`
+    x: Tensor,  # images `(n, c, h, w)`
+    how: str,  # 'none', or 'crop_flip': shifts of up to an eighth of the side, and mirroring
+    generator: torch.Generator,  # on the device of `x`
 ) -> Tensor:
     "A batch augmented by name."
-    return lookup('augment', how, AUGMENT)(x, generator)
+    return lookup("augment", how, AUGMENT)(x, generator)

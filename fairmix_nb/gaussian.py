@@ -6,12 +6,10 @@
 __all__ = ['GaussianPair', 'linear_risk', 'z_scores', 'class_risk', 'log_class_risk', 'overall_risk', 'gap', 'mc_class_risk']
 
 # %% ../nbs/01_gaussian.ipynb #88ffc1e4
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import log_ndtr
-from scipy.special import ndtr
+from scipy.special import log_ndtr, ndtr
 
 # %% ../nbs/01_gaussian.ipynb #77a7bdb2
 def _check(bad: np.ndarray, expected: str, value) -> None:
@@ -47,6 +45,7 @@ def _check_g_eps(g: np.ndarray, eps: np.ndarray) -> None:
 @dataclass(frozen=True)
 class GaussianPair:
     "Two Gaussian classes on the diagonal; numbers, or arrays that broadcast - Definition 1"
+
     mu_pos: float  # the centre of class +1 is `mu_pos` times all-ones
     mu_neg: float  # the centre of class -1 is *minus* `mu_neg` times all-ones
     sigma_pos: float  # standard deviation of every feature in class +1, > 0
@@ -85,12 +84,12 @@ def _sample(
     self: GaussianPair,
     n: int,  # number of points
     rng: np.random.Generator,  # source of randomness
-    g: float = 1.,  # variance factor in (0, 1]
+    g: float = 1.0,  # variance factor in (0, 1]
 ) -> tuple:  # x `(n, d)` and y `(n,)` of +1 and -1
     "Draw n labelled points - Definition 1"
     if self.shape:
         raise ValueError(f"sample needs plain numbers, got fields of shape {self.shape}")
-    _check_g_eps(*_reals(g=g, eps=0.))
+    _check_g_eps(*_reals(g=g, eps=0.0))
     y = np.where(rng.random(n) < self.prior, 1, -1)
     centre = np.where(y == 1, self.mu_pos, -self.mu_neg)
     sigma = np.where(y == 1, self.sigma_pos, self.sigma_neg) * np.sqrt(g)
@@ -104,8 +103,8 @@ def linear_risk(
     w: np.ndarray,  # weights `(..., d)`, not all zero
     b: np.ndarray,  # bias `(...)`
     p: GaussianPair,  # the two classes
-    g: float = 1.,  # variance factor in (0, 1]
-    eps: float = 0.,  # radius of the adversary's box, >= 0
+    g: float = 1.0,  # variance factor in (0, 1]
+    eps: float = 0.0,  # radius of the adversary's box, >= 0
 ) -> np.ndarray:  # `(..., 2)` risks in the order (+1, -1)
     "Class-wise risk of any sign(<w, x> + b) at the worst point of the box - eqs. (1), (3)"
     w, b, g, eps = _reals(w=w, b=b, g=g, eps=eps)
@@ -132,7 +131,7 @@ def _two_sum(a, b):
 def _two_prod(a, b):
     "a * b and its rounding error, exactly (Veltkamp and Dekker's splitting)."
     p = a * b
-    ca, cb = 134217729. * a, 134217729. * b
+    ca, cb = 134217729.0 * a, 134217729.0 * b
     a1, b1 = ca - (ca - a), cb - (cb - b)
     a2, b2 = a - a1, b - b1
     return p, a2 * b2 - (((p - a1 * b1) - a2 * b1) - a1 * b2)
@@ -142,7 +141,7 @@ def _numerator(t, d, mu, eps):
     "t + d (mu - eps), rounded once, however much cancels."
     m, e1 = _two_sum(mu, -eps)
     a, e2 = _two_prod(d, m)
-    finite = np.where(np.isinf(t), 0., t)
+    finite = np.where(np.isinf(t), 0.0, t)
     s, e3 = _two_sum(finite, a)
     return np.where(np.isinf(t), t, s + (e3 + (e2 + d * e1)))
 
@@ -150,8 +149,8 @@ def _numerator(t, d, mu, eps):
 def z_scores(
     t: np.ndarray,  # threshold b/w of the classifier sign(sum(x) + t); +inf is "always +1"
     p: GaussianPair,  # the two classes
-    g: float = 1.,  # variance factor in (0, 1]
-    eps: float = 0.,  # radius of the adversary's box, >= 0
+    g: float = 1.0,  # variance factor in (0, 1]
+    eps: float = 0.0,  # radius of the adversary's box, >= 0
 ) -> np.ndarray:  # `(..., 2)`, in the order (+1, -1)
     "Margins of the two classes in standard deviations; a class's risk is Phi(-z) - eqs. (26), (32)"
     t, g, eps = _reals(t=t, g=g, eps=eps)
@@ -167,8 +166,8 @@ def z_scores(
 def class_risk(
     t: np.ndarray,  # threshold b/w of the classifier sign(sum(x) + t); +inf is "always +1"
     p: GaussianPair,  # the two classes
-    g: float = 1.,  # variance factor in (0, 1]: 1 plain data, lam^2 + (1 - lam)^2 mixed data
-    eps: float = 0.,  # radius of the adversary's box, >= 0; 0 gives natural risks
+    g: float = 1.0,  # variance factor in (0, 1]: 1 plain data, lam^2 + (1 - lam)^2 mixed data
+    eps: float = 0.0,  # radius of the adversary's box, >= 0; 0 gives natural risks
 ) -> np.ndarray:  # `(..., 2)` risks in the order (+1, -1)
     "Class-wise 0/1 risk, attacked or not, of sign(sum x + t) - eqs. (1), (3), (25)-(27), (31)-(35)"
     return ndtr(-z_scores(t, p, g, eps))
@@ -177,8 +176,8 @@ def class_risk(
 def log_class_risk(
     t: np.ndarray,  # threshold b/w of the classifier sign(sum(x) + t)
     p: GaussianPair,  # the two classes
-    g: float = 1.,  # variance factor in (0, 1]
-    eps: float = 0.,  # radius of the adversary's box, >= 0
+    g: float = 1.0,  # variance factor in (0, 1]
+    eps: float = 0.0,  # radius of the adversary's box, >= 0
 ) -> np.ndarray:  # `(..., 2)` natural logarithms of the risks, in the order (+1, -1)
     "Logarithm of `class_risk`, accurate where the risk itself underflows - eqs. (1), (3)"
     return log_ndtr(-z_scores(t, p, g, eps))
@@ -217,8 +216,8 @@ def mc_class_risk(
     p: GaussianPair,  # the two classes, plain numbers
     n: int,  # points per class
     rng: np.random.Generator,  # source of randomness
-    g: float = 1.,  # variance factor in (0, 1]
-    eps: float = 0.,  # radius of the adversary's box, >= 0
+    g: float = 1.0,  # variance factor in (0, 1]
+    eps: float = 0.0,  # radius of the adversary's box, >= 0
 ) -> tuple:  # risks `(2,)` and their standard errors `(2,)`, in the order (+1, -1)
     "Monte Carlo: draw points, move each to its worst corner, count the errors - eq. (3)"
     _check_g_eps(*_reals(g=g, eps=eps))

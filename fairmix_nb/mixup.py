@@ -16,7 +16,8 @@ from torch import Tensor
 # %% ../nbs/02_mixup.ipynb #9bc591f6
 def _holds(ok) -> bool:
     "Is a comparison true everywhere? For numbers, arrays and tensors alike."
-    return bool(ok.all()) if hasattr(ok, 'all') else bool(ok)
+    return bool(ok.all()) if hasattr(ok, "all") else bool(ok)
+
 
 def _check_lam(lam):
     "Refuse mixing weights outside [0, 1]."
@@ -24,13 +25,16 @@ def _check_lam(lam):
         got = lam if isinstance(lam, Real) else f"{float(lam.min()):g} to {float(lam.max()):g}"
         raise ValueError(f"lam must lie in [0, 1], got {got}")
 
+
 def _check_weights(w):
     "Refuse `(..., k)` weights that are not convex."
     sums = w.sum(-1)
     if not (_holds(w >= 0) and _holds(abs(sums - 1) <= 1e-5)):
-        raise ValueError("weights must be >= 0 and sum to 1 along the last axis, got a smallest "
-                         f"one of {float(w.min()):g}, sums from {float(sums.min()):g} to "
-                         f"{float(sums.max()):g}")
+        raise ValueError(
+            "weights must be >= 0 and sum to 1 along the last axis, got a smallest "
+            f"one of {float(w.min()):g}, sums from {float(sums.min()):g} to "
+            f"{float(sums.max()):g}"
+        )
 
 # %% ../nbs/02_mixup.ipynb #721021aa
 def variance_factor(
@@ -45,27 +49,30 @@ def variance_factor(
         _check_weights(weights)
         return (weights**2).sum(-1)
     _check_lam(lam)
-    return lam**2 + (1 - lam)**2
+    return lam**2 + (1 - lam) ** 2
 
 # %% ../nbs/02_mixup.ipynb #2f49952e
 def _check_law(law):
     "Refuse what is not a law of lambda."
     if isinstance(law, Real):
         return _check_lam(law)
-    if isinstance(law, str) and law == 'uniform':
+    if isinstance(law, str) and law == "uniform":
         return
     try:
         low, high = law.support()
     except (AttributeError, TypeError):
-        raise ValueError("law must be a number in [0, 1], 'uniform' or a SciPy frozen distribution "
-                         f"on [0, 1], got {law!r}") from None
+        raise ValueError(
+            "law must be a number in [0, 1], 'uniform' or a SciPy frozen distribution "
+            f"on [0, 1], got {law!r}"
+        ) from None
     if not (low >= 0 and high <= 1):
         raise ValueError(f"law must have its support inside [0, 1], got [{low:g}, {high:g}]")
 
+
 def sample_lam(
     law,  # a number in [0, 1], 'uniform' or a SciPy frozen distribution on [0, 1]
-    shape:tuple,  # shape of the result; `()` for one draw
-    generator:torch.Generator,  # the source of randomness; its device is the result's
+    shape: tuple,  # shape of the result; `()` for one draw
+    generator: torch.Generator,  # the source of randomness; its device is the result's
 ) -> Tensor:  # `shape`, float32, in [0, 1]
     "Draw mixing weights; a SciPy law by its quantile function at torch uniforms - eq. (9)"
     _check_law(law)
@@ -75,15 +82,15 @@ def sample_lam(
     if isinstance(law, str):
         return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
     m = torch.randint(2**53, shape, generator=generator, device=device).cpu().double()
-    lam = torch.as_tensor(law.ppf(((m + .5) / 2**53).numpy()))
+    lam = torch.as_tensor(law.ppf(((m + 0.5) / 2**53).numpy()))
     return lam.to(device, torch.float32)
 
 # %% ../nbs/02_mixup.ipynb #7223fe95
 def sample_weights(
     law,  # as in `sample_lam`
-    n:int,  # number of samples
-    k:int,  # images per mixture, >= 2
-    generator:torch.Generator,  # the source of randomness; its device is the result's
+    n: int,  # number of samples
+    k: int,  # images per mixture, >= 2
+    generator: torch.Generator,  # the source of randomness; its device is the result's
 ) -> Tensor:  # `(n, k)` float32, rows sum to 1, column 0 belongs to the sample itself
     "Convex weights: 'uniform' on the simplex, else (lam, then 1 - lam in equal shares) - eq. (9)"
     if int(k) != k or k < 2:
@@ -103,6 +110,7 @@ def _check_y(y):
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"y must be a non-empty integer tensor of shape (n,), got {got}")
 
+
 def _check_labels(y, n_cls):
     "Refuse labels outside 0..n_cls-1: reads the values."
     _check_y(y)
@@ -111,14 +119,14 @@ def _check_labels(y, n_cls):
 
 # %% ../nbs/02_mixup.ipynb #a940719d
 def same_class_partners(
-    y:Tensor,  # `(n,)` labels 0..n_cls-1 of the batch
-    n_cls:int,  # number of classes
-    k:int,  # images per mixture, >= 2
-    generator:torch.Generator,  # the source of randomness, on the device of `y`
+    y: Tensor,  # `(n,)` labels 0..n_cls-1 of the batch
+    n_cls: int,  # number of classes
+    k: int,  # images per mixture, >= 2
+    generator: torch.Generator,  # the source of randomness, on the device of `y`
 ) -> Tensor:  # `(k-1, n)` positions in the batch; distinct where a class has k members
     "The k - 1 random same-class partners of every sample: shuffle, sort, shift - eq. (9)"
     _check_y(y)
-    if y.device.type == 'cpu':  # elsewhere, reading the labels would wait for the device
+    if y.device.type == "cpu":  # elsewhere, reading the labels would wait for the device
         _check_labels(y, n_cls)
     n, device = len(y), y.device
     shuffled = torch.randperm(n, generator=generator, device=device)
@@ -130,18 +138,19 @@ def same_class_partners(
     place = start + (torch.arange(n, device=device) - start + shift) % count
     return torch.empty_like(place).index_copy_(1, order, order[place])
 
+
 def same_class_partner(
-    y:Tensor,  # `(n,)` labels 0..n_cls-1 of the batch
-    n_cls:int,  # number of classes
-    generator:torch.Generator,  # the source of randomness, on the device of `y`
+    y: Tensor,  # `(n,)` labels 0..n_cls-1 of the batch
+    n_cls: int,  # number of classes
+    generator: torch.Generator,  # the source of randomness, on the device of `y`
 ) -> Tensor:  # `(n,)` positions in the batch
     "A random other sample of the same class; itself where it is alone in its class - eq. (9)"
     return same_class_partners(y, n_cls, 2, generator)[0]
 
 # %% ../nbs/02_mixup.ipynb #b5bf369a
 def any_partner(
-    n:int,  # batch size
-    generator:torch.Generator,  # the source of randomness; its device is the result's
+    n: int,  # batch size
+    generator: torch.Generator,  # the source of randomness; its device is the result's
 ) -> Tensor:  # `(n,)` positions in the batch, never its own for n >= 2
     "A random other sample of the batch, whatever its class - ordinary mixup, the control"
     order = torch.randperm(n, generator=generator, device=generator.device)
@@ -154,6 +163,7 @@ def _skip(r, taken):
         r = r + (r >= t)
     return r
 
+
 def _draw(rank, count, k, generator):
     "Ranks `(b, k)`, all different in a row: the given one, then k - 1 below `count` at random."
     taken = rank[:, None]
@@ -165,9 +175,11 @@ def _draw(rank, count, k, generator):
 # %% ../nbs/02_mixup.ipynb #e356f926
 class ClassTable:
     "Where the members of each class are: exact random partners from a whole set, O(b) a call."
-    def __init__(self,
-        y:Tensor,  # `(n,)` labels 0..n_cls-1 of the whole set; no class may have one member
-        n_cls:int,  # number of classes
+
+    def __init__(
+        self,
+        y: Tensor,  # `(n,)` labels 0..n_cls-1 of the whole set; no class may have one member
+        n_cls: int,  # number of classes
     ):
         _check_labels(y, n_cls)
         self.y, self.order = y.long(), torch.argsort(y, stable=True)
@@ -176,13 +188,16 @@ class ClassTable:
         self.rank = torch.argsort(self.order) - self.start[self.y]
         self.smallest = int(self.counts[self.counts > 0].min())
         if self.smallest == 1:
-            raise ValueError("every class must have no or at least two members, got one in class "
-                             f"{int((self.counts == 1).nonzero()[0])}")
+            raise ValueError(
+                "every class must have no or at least two members, got one in class "
+                f"{int((self.counts == 1).nonzero()[0])}"
+            )
 
-    def partners(self,
-        idx:Tensor,  # `(b,)` positions in the set
-        k:int,  # images per mixture, 2 to the size of the smallest class
-        generator:torch.Generator,  # the source of randomness, on the device of `y`
+    def partners(
+        self,
+        idx: Tensor,  # `(b,)` positions in the set
+        k: int,  # images per mixture, 2 to the size of the smallest class
+        generator: torch.Generator,  # the source of randomness, on the device of `y`
     ) -> Tensor:  # `(k-1, b)` positions in the set, distinct and never `idx`
         "The k - 1 other members of the same class, each choice equally likely - eq. (9)"
         if not 2 <= k <= self.smallest:
@@ -197,9 +212,9 @@ class ClassTable:
 
 # %% ../nbs/02_mixup.ipynb #e5fe8ff5
 def mix(
-    x:Tensor,  # `(n, ...)` floating
+    x: Tensor,  # `(n, ...)` floating
     others,  # k - 1 tensors like `x`, the partners (any iterable)
-    weights:Tensor,  # `(n, k)` convex weights; column 0 belongs to `x`
+    weights: Tensor,  # `(n, k)` convex weights; column 0 belongs to `x`
 ) -> Tensor:  # `(n, ...)`, never outside the range of what is mixed
     "Mix sample by sample as a chain of `lerp`s; checks nothing, waits for no device - eq. (9)"
     weights = weights.to(x.dtype)
@@ -220,18 +235,21 @@ def _as_weights(lam, x):
     lam = torch.as_tensor(lam).to(x.device)
     lam = lam.expand(n) if lam.ndim == 0 else lam
     if lam.ndim not in (1, 2) or len(lam) != n or lam.ndim == 2 and lam.shape[1] < 2:
-        raise ValueError(f"lam must be a number or of shape ({n},) or ({n}, k) with k >= 2, got "
-                         f"shape {tuple(lam.shape)}")
+        raise ValueError(
+            f"lam must be a number or of shape ({n},) or ({n}, k) with k >= 2, got "
+            f"shape {tuple(lam.shape)}"
+        )
     (_check_lam if lam.ndim == 1 else _check_weights)(lam)
     lam = lam.to(x.dtype)
     return torch.stack((lam, 1 - lam), 1) if lam.ndim == 1 else lam
 
+
 def same_class_mixup(
-    x:Tensor,  # `(n, ...)` floating
-    y:Tensor,  # `(n,)` labels 0..n_cls-1
+    x: Tensor,  # `(n, ...)` floating
+    y: Tensor,  # `(n,)` labels 0..n_cls-1
     lam,  # in [0, 1]: a number (one per batch), `(n,)` (one per sample), or convex `(n, k)`
-    n_cls:int,  # number of classes
-    generator:torch.Generator,  # the source of randomness, on the device of `y`
+    n_cls: int,  # number of classes
+    generator: torch.Generator,  # the source of randomness, on the device of `y`
 ) -> Tensor:  # `(n, ...)`; sample i keeps its place, its class and its label `y[i]`
     "Mix every sample with random others of its class in the batch - eq. (9)"
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -247,17 +265,19 @@ def same_class_mixup(
 @dataclass(frozen=True)
 class SameClassMixup:
     "Mixes batches `(x, y)` inside their classes and keeps `y`; called like torchvision's MixUp."
+
     n_cls: int  # number of classes
-    law: object = 'uniform'  # of the weights, drawn anew for every sample: see `sample_weights`
+    law: object = "uniform"  # of the weights, drawn anew for every sample: see `sample_weights`
     k: int = 2  # images per mixture
     generator: torch.Generator | None = None  # None: seeded at every call from torch's global state
 
     def __post_init__(self):
         sample_weights(self.law, 0, self.k, torch.Generator())  # complain now, not in the loop
 
-    def __call__(self,
-        x:Tensor,  # `(n, ...)` floating
-        y:Tensor,  # `(n,)` labels 0..n_cls-1
+    def __call__(
+        self,
+        x: Tensor,  # `(n, ...)` floating
+        y: Tensor,  # `(n,)` labels 0..n_cls-1
     ) -> tuple:  # the mixed `(n, ...)` and the very same `y`
         "A mixed batch with its hard labels - eq. (9)"
         g = self.generator

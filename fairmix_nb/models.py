@@ -19,92 +19,118 @@ from .data import lookup
 # %% ../nbs/10_models.ipynb #e42b5d31
 class Normalize(nn.Module):
     "`(x - mean) / std` per channel, for x `(n, c, h, w)` in [0, 1]."
-    def __init__(self,
-        mean: tuple, # one number per channel, in pixel units of [0, 1]
-        std: tuple, # the same, positive
+
+    def __init__(
+        self,
+        mean: tuple,  # one number per channel, in pixel units of [0, 1]
+        std: tuple,  # the same, positive
     ):
         super().__init__()
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(f"std must hold {len(mean)} positive numbers, got {tuple(std)}")
-        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
-    def forward(self, x): return (x - self.mean) / self.std
+    def forward(self, x):
+        return (x - self.mean) / self.std
 
 # %% ../nbs/10_models.ipynb #2b8c7734
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
+
 def first_layer(
-    in_ch: int, # channels of the images
-    mean: tuple | None = None, # per channel; None: CIFAR-10's for 3 channels, else no normalisation
-    std: tuple | None = None, # per channel, with `mean`
-) -> list: # zero or one `Normalize`
+    in_ch: int,  # channels of the images
+    mean: tuple
+    | None = None,  # per channel; None: CIFAR-10's for 3 channels, else no normalisation
+    std: tuple | None = None,  # per channel, with `mean`
+) -> list:  # zero or one `Normalize`
     "The normalisation a model starts with."
-    if (mean is None) != (std is None): raise ValueError("mean and std must come together, got one")
-    if mean is None and in_ch != 3: return []
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must come together, got one")
+    if mean is None and in_ch != 3:
+        return []
     mean, std = (CIFAR_MEAN, CIFAR_STD) if mean is None else (mean, std)
-    if len(mean) != in_ch: raise ValueError(f"mean must hold {in_ch} numbers, got {len(mean)}")
+    if len(mean) != in_ch:
+        raise ValueError(f"mean must hold {in_ch} numbers, got {len(mean)}")
     return [Normalize(mean, std)]
 
 # %% ../nbs/10_models.ipynb #04fb512b
 class Quarters(nn.Module):
     "Mean of each quarter of the image, `(n, c, h, w)` to `(n, c, 2, 2)`; repeatable on GPUs too."
+
     def forward(self, x):
         h, w = x.shape[2:]
         return F.avg_pool2d(x, ((h + 1) // 2, (w + 1) // 2), (h // 2, w // 2))
 
+
 def kaiming(
-    model: nn.Module, # its convolutions are drawn anew
-) -> nn.Module: # the same object
+    model: nn.Module,  # its convolutions are drawn anew
+) -> nn.Module:  # the same object
     "Weights N(0, 2 / fan-in), biases 0: activations keep their size in ReLU nets (He 2015)."
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
-            if m.bias is not None: nn.init.zeros_(m.bias)
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     return model
 
 # %% ../nbs/10_models.ipynb #26d7cda4
 def small_cnn(
-    n_cls: int = 10, # classes
-    in_ch: int = 1, # channels of the images
-    width: int = 32, # of the first convolution
+    n_cls: int = 10,  # classes
+    in_ch: int = 1,  # channels of the images
+    width: int = 32,  # of the first convolution
     *,
-    mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None, # with `mean`
+    mean: tuple | None = None,  # see `first_layer`
+    std: tuple | None = None,  # with `mean`
 ) -> nn.Sequential:
     "Three 3x3 convolutions, the mean of each quarter of the image, one linear layer."
-    def conv(a, b, stride): return [nn.Conv2d(a, b, 3, stride, padding=1), nn.ReLU()]
-    return kaiming(nn.Sequential(
-        *first_layer(in_ch, mean, std), *conv(in_ch, width, 1), *conv(width, 2 * width, 2),
-        *conv(2 * width, 4 * width, 2), Quarters(), nn.Flatten(), nn.Linear(16 * width, n_cls)))
+
+    def conv(a, b, stride):
+        return [nn.Conv2d(a, b, 3, stride, padding=1), nn.ReLU()]
+
+    return kaiming(
+        nn.Sequential(
+            *first_layer(in_ch, mean, std),
+            *conv(in_ch, width, 1),
+            *conv(width, 2 * width, 2),
+            *conv(2 * width, 4 * width, 2),
+            Quarters(),
+            nn.Flatten(),
+            nn.Linear(16 * width, n_cls),
+        )
+    )
 
 # %% ../nbs/10_models.ipynb #c5f0e998
 def conv_bn(
-    a: int, # channels in
-    b: int, # channels out
-    size: int = 3, # of the filters, odd
-    stride: int = 1, # 2 halves the side
-) -> list: # the two layers
+    a: int,  # channels in
+    b: int,  # channels out
+    size: int = 3,  # of the filters, odd
+    stride: int = 1,  # 2 halves the side
+) -> list:  # the two layers
     "Convolution without bias, then BatchNorm: the pair that can be folded."
     return [nn.Conv2d(a, b, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(b)]
 
+
 class Subsample(nn.Module):
     "Every second pixel, and zeros for the new channels: a free shortcut (He et al.'s A)."
-    def __init__(self,
-        a: int, # channels in
-        b: int, # channels out, at least `a`
-        stride: int, # 2: every second pixel
+
+    def __init__(
+        self,
+        a: int,  # channels in
+        b: int,  # channels out, at least `a`
+        stride: int,  # 2: every second pixel
     ):
         super().__init__()
         self.extra, self.stride = b - a, stride
 
     def forward(self, x):
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.extra))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+
 
 def projection(
-    a: int, # channels in
-    b: int, # channels out
-    stride: int, # 2 halves the side
+    a: int,  # channels in
+    b: int,  # channels out
+    stride: int,  # 2 halves the side
 ) -> nn.Sequential:
     "A 1x1 convolution and BatchNorm as the shortcut (He et al.'s B)."
     return nn.Sequential(*conv_bn(a, b, 1, stride))
@@ -112,27 +138,30 @@ def projection(
 # %% ../nbs/10_models.ipynb #e9dee453
 class Block(nn.Module):
     "relu(F(x) + shortcut(x)) with F two 3x3 convolutions: a basic block of He et al. 2016."
-    def __init__(self,
-        a: int, # channels in
-        b: int, # channels out
-        stride: int, # 2 halves the side
-        shortcut, # `Subsample` or `projection`, used where the shape changes
+
+    def __init__(
+        self,
+        a: int,  # channels in
+        b: int,  # channels out
+        stride: int,  # 2 halves the side
+        shortcut,  # `Subsample` or `projection`, used where the shape changes
     ):
         super().__init__()
         self.path = nn.Sequential(*conv_bn(a, b, 3, stride), nn.ReLU(), *conv_bn(b, b))
         self.shortcut = nn.Identity() if a == b and stride == 1 else shortcut(a, b, stride)
 
-    def forward(self, x): return F.relu(self.path(x) + self.shortcut(x))
+    def forward(self, x):
+        return F.relu(self.path(x) + self.shortcut(x))
 
 # %% ../nbs/10_models.ipynb #5bac70b6
 def resnet(
-    widths: tuple, # channels of each stage
-    depth: int, # blocks a stage
-    shortcut, # `Subsample` or `projection`
-    n_cls: int, # classes
-    in_ch: int, # channels of the images
-    mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None, # with `mean`
+    widths: tuple,  # channels of each stage
+    depth: int,  # blocks a stage
+    shortcut,  # `Subsample` or `projection`
+    n_cls: int,  # classes
+    in_ch: int,  # channels of the images
+    mean: tuple | None = None,  # see `first_layer`
+    std: tuple | None = None,  # with `mean`
 ) -> nn.Sequential:
     "A residual network for small images; every stage but the first halves the side."
     stem = [*first_layer(in_ch, mean, std), *conv_bn(in_ch, widths[0]), nn.ReLU()]
@@ -146,56 +175,60 @@ def resnet(
 
 # %% ../nbs/10_models.ipynb #72c40dce
 def resnet20(
-    n_cls: int = 10, # classes
-    in_ch: int = 3, # channels of the images
+    n_cls: int = 10,  # classes
+    in_ch: int = 3,  # channels of the images
     *,
-    mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None, # with `mean`
+    mean: tuple | None = None,  # see `first_layer`
+    std: tuple | None = None,  # with `mean`
 ) -> nn.Sequential:
     "He et al. 2016, section 4.2, n = 3: 269,722 parameters for 10 classes of RGB images."
     return resnet((16, 32, 64), 3, Subsample, n_cls, in_ch, mean, std)
 
+
 def resnet18(
-    n_cls: int = 10, # classes
-    in_ch: int = 3, # channels of the images
+    n_cls: int = 10,  # classes
+    in_ch: int = 3,  # channels of the images
     *,
-    mean: tuple | None = None, # see `first_layer`
-    std: tuple | None = None, # with `mean`
+    mean: tuple | None = None,  # see `first_layer`
+    std: tuple | None = None,  # with `mean`
 ) -> nn.Sequential:
     "ResNet-18 for 32 x 32 images, with a 3x3 stem and no max pool: 11,173,962 parameters."
     return resnet((64, 128, 256, 512), 2, projection, n_cls, in_ch, mean, std)
 
 # %% ../nbs/10_models.ipynb #0b4fe61c
 def n_params(
-    model: nn.Module, # any
+    model: nn.Module,  # any
 ) -> int:
     "Number of parameters; buffers such as running statistics are not counted."
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/10_models.ipynb #56f74d4c
-MODELS = {'small_cnn': small_cnn, 'resnet20': resnet20, 'resnet18': resnet18}
+MODELS = {"small_cnn": small_cnn, "resnet20": resnet20, "resnet18": resnet18}
+
 
 def build(
-    name: str, # a key of `MODELS`
-    n_cls: int = 10, # classes
-    in_ch: int = 3, # channels of the images
-    seed: int = 0, # of the weights
-) -> nn.Module: # on the CPU, in training mode
+    name: str,  # a key of `MODELS`
+    n_cls: int = 10,  # classes
+    in_ch: int = 3,  # channels of the images
+    seed: int = 0,  # of the weights
+) -> nn.Module:  # on the CPU, in training mode
     "A model by name: same seed, same weights, and the global random state stays as it was."
-    make = lookup('model', name, MODELS)
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+    make = lookup("model", name, MODELS)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return make(n_cls, in_ch)
 
 # %% ../nbs/10_models.ipynb #ea57cd8c
 def fold_pair(
-    conv: nn.Conv2d, # followed by `bn`
-    bn: nn.BatchNorm2d, # with running statistics
-) -> nn.Conv2d: # a new one, with a bias
+    conv: nn.Conv2d,  # followed by `bn`
+    bn: nn.BatchNorm2d,  # with running statistics
+) -> nn.Conv2d:  # a new one, with a bias
     "One convolution equal to `conv` and then `bn` in eval mode."
+
     def of(t, default):
         return torch.full_like(bn.running_mean, default) if t is None else t.detach()
-    gamma, beta, bias = of(bn.weight, 1.), of(bn.bias, 0.), of(conv.bias, 0.)
+
+    gamma, beta, bias = of(bn.weight, 1.0), of(bn.bias, 0.0), of(conv.bias, 0.0)
     scale = gamma.double() / (bn.running_var.double() + bn.eps).sqrt()
     out = copy.deepcopy(conv)
     out.weight = nn.Parameter((conv.weight.detach() * scale.view(-1, 1, 1, 1)).to(conv.weight))
@@ -204,8 +237,8 @@ def fold_pair(
 
 # %% ../nbs/10_models.ipynb #57417f43
 def fold_batchnorm(
-    model: nn.Module, # left as it is
-) -> nn.Module: # a copy in eval mode
+    model: nn.Module,  # left as it is
+) -> nn.Module:  # a copy in eval mode
     "Fold each BatchNorm2d that follows a Conv2d in a Sequential into it: same logits, less work."
     model = copy.deepcopy(model).eval()
     for seq in [m for m in model.modules() if isinstance(m, nn.Sequential)]:

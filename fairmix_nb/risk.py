@@ -9,47 +9,52 @@ __all__ = ['class_counts', 'classwise_risk', 'summary', 'worst_class', 'exact_in
 
 # %% ../nbs/08_risk.ipynb #8b01b33c
 import base64
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import beta, binomtest, norm
 
 # %% ../nbs/08_risk.ipynb #3d87dd53
 def _flags(
-    wrong, # array-like of booleans or 0/1
-    name: str = "wrong", # for the message
-) -> np.ndarray: # the same as booleans
+    wrong,  # array-like of booleans or 0/1
+    name: str = "wrong",  # for the message
+) -> np.ndarray:  # the same as booleans
     "Flags as booleans, or an error."
     wrong = np.asarray(wrong)
     if not (wrong.dtype == bool or np.isin(wrong, (0, 1)).all()):
-        raise ValueError(f"{name} must hold booleans or 0/1, got {wrong.dtype} "
-                         f"from {wrong.min()} to {wrong.max()}")
+        raise ValueError(
+            f"{name} must hold booleans or 0/1, got {wrong.dtype} "
+            f"from {wrong.min()} to {wrong.max()}"
+        )
     return wrong.astype(bool)
 
 
 def _labels(
-    wrong, # flags `(..., n)`
-    y, # labels `(n,)` in 0..C-1
-    n_cls: int, # number of classes C
-) -> tuple: # flags as booleans `(..., n)`, labels as integers `(n,)`
+    wrong,  # flags `(..., n)`
+    y,  # labels `(n,)` in 0..C-1
+    n_cls: int,  # number of classes C
+) -> tuple:  # flags as booleans `(..., n)`, labels as integers `(n,)`
     "Flags and labels that belong together, or an error."
     wrong, y = _flags(wrong), np.asarray(y)
     if y.ndim != 1 or y.size == 0:
         raise ValueError(f"y must be one label per image, at least one, got shape {y.shape}")
     if wrong.shape[-1:] != y.shape:
-        raise ValueError(f"wrong must have the {y.size} images of y on its last axis, "
-                         f"got shape {wrong.shape}")
+        raise ValueError(
+            f"wrong must have the {y.size} images of y on its last axis, got shape {wrong.shape}"
+        )
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= n_cls:
-        raise ValueError(f"y must hold integers in 0..{n_cls - 1}, got {y.dtype} "
-                         f"from {y.min()} to {y.max()}")
+        raise ValueError(
+            f"y must hold integers in 0..{n_cls - 1}, got {y.dtype} from {y.min()} to {y.max()}"
+        )
     return wrong, y
 
 # %% ../nbs/08_risk.ipynb #d25a2ca5
 def class_counts(
-    wrong, # flags `(..., n)`: True where the image is misclassified
-    y, # labels `(n,)` in 0..C-1
-    n_cls: int, # number of classes C
-) -> tuple: # errors k `(..., C)` and images n `(C,)`, integers
+    wrong,  # flags `(..., n)`: True where the image is misclassified
+    y,  # labels `(n,)` in 0..C-1
+    n_cls: int,  # number of classes C
+) -> tuple:  # errors k `(..., C)` and images n `(C,)`, integers
     "Errors and images of each class."
     wrong, y = _labels(wrong, y, n_cls)
     k = np.apply_along_axis(lambda w: np.bincount(y[w], minlength=n_cls), -1, wrong)
@@ -57,73 +62,79 @@ def class_counts(
 
 
 def classwise_risk(
-    wrong, # flags `(..., n)`: True where the image is misclassified
-    y, # labels `(n,)` in 0..C-1
-    n_cls: int, # number of classes C
-) -> np.ndarray: # `(..., C)` in [0, 1]; nan for a class without images
+    wrong,  # flags `(..., n)`: True where the image is misclassified
+    y,  # labels `(n,)` in 0..C-1
+    n_cls: int,  # number of classes C
+) -> np.ndarray:  # `(..., C)` in [0, 1]; nan for a class without images
     "Share of each class's images that are misclassified."
     k, n = class_counts(wrong, y, n_cls)
     return np.divide(k, n, out=np.full(k.shape, np.nan), where=n > 0)
 
 # %% ../nbs/08_risk.ipynb #9673a024
 def _risks(
-    risks, # array-like `(..., C)`
-) -> np.ndarray: # the same as float64
+    risks,  # array-like `(..., C)`
+) -> np.ndarray:  # the same as float64
     "Class risks as an array, or an error."
     risks = np.asarray(risks, dtype=float)
     if risks.ndim == 0 or risks.shape[-1] == 0 or np.isnan(risks).all(-1).any():
         raise ValueError(f"risks must have a class with images on the last axis, got {risks}")
     if np.nanmin(risks) < 0 or np.nanmax(risks) > 1:
-        raise ValueError("risks must lie in [0, 1] (not percent), got "
-                         f"{np.nanmin(risks):g} to {np.nanmax(risks):g}")
+        raise ValueError(
+            "risks must lie in [0, 1] (not percent), got "
+            f"{np.nanmin(risks):g} to {np.nanmax(risks):g}"
+        )
     return risks
 
 
 def _plain(
-    x: np.ndarray, # any shape
-): # a Python float where `x` has no axis, else `x`
+    x: np.ndarray,  # any shape
+):  # a Python float where `x` has no axis, else `x`
     "One number as a Python float (it goes into JSON), several as an array."
     return np.asarray(x).item() if np.ndim(x) == 0 else x
 
 
 def summary(
-    risks, # class risks `(..., C)` in [0, 1]; nan ignored
-) -> dict: # avg, std (ddof 0), min, max
+    risks,  # class risks `(..., C)` in [0, 1]; nan ignored
+) -> dict:  # avg, std (ddof 0), min, max
     "The four columns of the paper's Table I."
     r = _risks(risks)
-    return dict(avg=_plain(np.nanmean(r, -1)), std=_plain(np.nanstd(r, -1)),
-                min=_plain(np.nanmin(r, -1)), max=_plain(np.nanmax(r, -1)))
+    return dict(
+        avg=_plain(np.nanmean(r, -1)),
+        std=_plain(np.nanstd(r, -1)),
+        min=_plain(np.nanmin(r, -1)),
+        max=_plain(np.nanmax(r, -1)),
+    )
 
 # %% ../nbs/08_risk.ipynb #c96ebcd9
 def worst_class(
-    risks, # class risks `(..., C)` in [0, 1]; nan ignored
-): # `(...)`
+    risks,  # class risks `(..., C)` in [0, 1]; nan ignored
+):  # `(...)`
     "Risk of the worst class."
     return _plain(np.nanmax(_risks(risks), -1))
 
 # %% ../nbs/08_risk.ipynb #6d3f86fa
 def exact_interval(
-    k, # errors, 0 <= k <= n; may be fractional (a mean over seeds)
-    n, # images, an array-like that broadcasts with `k`
-    level=.95, # confidence, in (0, 1)
-) -> tuple: # (lo, hi), each of the broadcast shape
+    k,  # errors, 0 <= k <= n; may be fractional (a mean over seeds)
+    n,  # images, an array-like that broadcasts with `k`
+    level=0.95,  # confidence, in (0, 1)
+) -> tuple:  # (lo, hi), each of the broadcast shape
     "Exact interval of a risk from k errors in n images; (0, 1) for n = 0 - Clopper-Pearson (1934)"
     k, n, level = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (k, n, level)))
     if not ((level > 0) & (level < 1)).all():
         raise ValueError(f"level must lie in (0, 1), got {level.min():g} to {level.max():g}")
     if not ((k >= 0) & (k <= n) & np.isfinite(n)).all():
         raise ValueError(f"k must lie in [0, n] with n finite, got k = {k} with n = {n}")
-    tail = (1 - level)/2
-    lo = np.where(k > 0, beta.ppf(tail, np.where(k > 0, k, 1), n - k + 1), 0.)
-    hi = np.where(k < n, beta.isf(tail, k + 1, np.where(k < n, n - k, 1)), 1.)
+    tail = (1 - level) / 2
+    lo = np.where(k > 0, beta.ppf(tail, np.where(k > 0, k, 1), n - k + 1), 0.0)
+    hi = np.where(k < n, beta.isf(tail, k + 1, np.where(k < n, n - k, 1)), 1.0)
     return _plain(lo), _plain(hi)
 
 # %% ../nbs/08_risk.ipynb #a60eddbf
 def worst_interval(
-    k, # errors `(..., C)`
-    n, # images `(..., C)` or `(C,)`; classes without images are left out
-    level: float = .95, # confidence, in (0, 1)
-) -> tuple: # (lo, hi), each `(...)`
+    k,  # errors `(..., C)`
+    n,  # images `(..., C)` or `(C,)`; classes without images are left out
+    level: float = 0.95,  # confidence, in (0, 1)
+) -> tuple:  # (lo, hi), each `(...)`
     "Interval for the risk of the truly worst class, whichever that is (Bonferroni)."
     k, n = np.broadcast_arrays(np.asarray(k, dtype=float), np.asarray(n, dtype=float))
     seen = n > 0
@@ -131,152 +142,162 @@ def worst_interval(
         raise ValueError(f"n must have a class with images on the last axis, got {n}")
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level:g}")
-    lo, hi = exact_interval(k, n, 1 - (1 - level)/seen.sum(-1, keepdims=True))
+    lo, hi = exact_interval(k, n, 1 - (1 - level) / seen.sum(-1, keepdims=True))
     return _plain(np.max(lo, -1)), _plain(np.where(seen, hi, 0).max(-1))
 
 # %% ../nbs/08_risk.ipynb #7d721c33
 def bootstrap_risks(
-    wrong, # flags `(m, n)` of m classifiers (methods, seeds) on the same images
-    y, # labels `(n,)` in 0..C-1
-    n_cls: int, # number of classes C
-    n_boot: int, # rounds B
-    rng: np.random.Generator, # draws the images
-) -> np.ndarray: # class risks `(B, m, C)`: one draw of images for all m
+    wrong,  # flags `(m, n)` of m classifiers (methods, seeds) on the same images
+    y,  # labels `(n,)` in 0..C-1
+    n_cls: int,  # number of classes C
+    n_boot: int,  # rounds B
+    rng: np.random.Generator,  # draws the images
+) -> np.ndarray:  # class risks `(B, m, C)`: one draw of images for all m
     "Class risks on test sets whose images are redrawn within classes, all classifiers alike."
     wrong, y = _labels(np.atleast_2d(wrong), y, n_cls)
     risks = np.full((n_boot, len(wrong), n_cls), np.nan)
     for c in np.unique(y):
         outcomes, count = np.unique(wrong[:, y == c], axis=1, return_counts=True)
-        draws = rng.multinomial(count.sum(), count/count.sum(), size=n_boot)
-        risks[..., c] = draws @ outcomes.T.astype(float)/count.sum()
+        draws = rng.multinomial(count.sum(), count / count.sum(), size=n_boot)
+        risks[..., c] = draws @ outcomes.T.astype(float) / count.sum()
     return risks
 
 # %% ../nbs/08_risk.ipynb #f479f597
 def _pair(
-    a, # flags `(n,)` or `(s, n)`
-    b, # the same shape
-    level: float, # confidence
-) -> tuple: # both as booleans `(s, n)`
+    a,  # flags `(n,)` or `(s, n)`
+    b,  # the same shape
+    level: float,  # confidence
+) -> tuple:  # both as booleans `(s, n)`
     "Flags of two methods on the same images, or an error."
     a, b = np.atleast_2d(_flags(a, "a")), np.atleast_2d(_flags(b, "b"))
     if a.shape != b.shape or a.ndim != 2 or a.size == 0:
-        raise ValueError(f"a and b must be (n,) or (s, n) on the same images and seeds, "
-                         f"got {a.shape} and {b.shape}")
-    if not 0 < level < 1: raise ValueError(f"level must lie in (0, 1), got {level:g}")
+        raise ValueError(
+            f"a and b must be (n,) or (s, n) on the same images and seeds, "
+            f"got {a.shape} and {b.shape}"
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level:g}")
     return a, b
 
 
 class Paired(NamedTuple):
     "A difference b - a between two methods on the same images, with its interval."
-    diff: float # negative: b has the lower statistic
-    lo: float # lower end
-    hi: float # upper end
+
+    diff: float  # negative: b has the lower statistic
+    lo: float  # lower end
+    hi: float  # upper end
 
 # %% ../nbs/08_risk.ipynb #06542e0d
 def paired_bootstrap(
-    a, # flags `(n,)` or `(s, n)`: the first method, s seeds on the same images
-    b, # flags of the second method, same shape
-    y, # labels `(n,)` in 0..C-1
-    n_cls: int, # number of classes C
-    statistic: Callable = worst_class, # class risks `(..., C)` -> `(...)`
+    a,  # flags `(n,)` or `(s, n)`: the first method, s seeds on the same images
+    b,  # flags of the second method, same shape
+    y,  # labels `(n,)` in 0..C-1
+    n_cls: int,  # number of classes C
+    statistic: Callable = worst_class,  # class risks `(..., C)` -> `(...)`
     *,
-    n_boot: int = 2000, # rounds
-    level: float = .95, # confidence, in (0, 1)
-    rng: np.random.Generator, # draws images and seeds
-) -> Paired: # statistic of b minus that of a (mean over seeds), percentile interval
+    n_boot: int = 2000,  # rounds
+    level: float = 0.95,  # confidence, in (0, 1)
+    rng: np.random.Generator,  # draws images and seeds
+) -> Paired:  # statistic of b minus that of a (mean over seeds), percentile interval
     "Paired comparison: images redrawn within classes, and seeds, alike for both - Efron (1979)"
     a, b = _pair(a, b, level)
-    if n_boot < 1: raise ValueError(f"n_boot must be at least 1, got {n_boot}")
+    if n_boot < 1:
+        raise ValueError(f"n_boot must be at least 1, got {n_boot}")
     s, both = len(a), np.concatenate([a, b])
-    def per_seed(risks): # b - a of each seed
+
+    def per_seed(risks):  # b - a of each seed
         v = np.asarray(statistic(risks))
         return v[..., s:] - v[..., :s]
+
     diff = per_seed(classwise_risk(both, y, n_cls)).mean()
     boot = per_seed(bootstrap_risks(both, y, n_cls, n_boot, rng))
     boot = np.take_along_axis(boot, rng.integers(s, size=(n_boot, s)), 1).mean(1)
-    lo, hi = np.quantile(boot, [(1 - level)/2, (1 + level)/2])
+    lo, hi = np.quantile(boot, [(1 - level) / 2, (1 + level) / 2])
     return Paired(diff.item(), lo.item(), hi.item())
 
 # %% ../nbs/08_risk.ipynb #b5a66a28
 def worst_difference(
-    a, # flags `(n,)` or `(s, n)`: the first method, s seeds on the same images
-    b, # flags of the second method, same shape
-    y, # labels `(n,)` in 0..C-1
-    n_cls: int, # number of classes C
-    level: float = .95, # confidence, in (0, 1)
-) -> Paired: # worst-class risk of b minus that of a (risks averaged over seeds)
+    a,  # flags `(n,)` or `(s, n)`: the first method, s seeds on the same images
+    b,  # flags of the second method, same shape
+    y,  # labels `(n,)` in 0..C-1
+    n_cls: int,  # number of classes C
+    level: float = 0.95,  # confidence, in (0, 1)
+) -> Paired:  # worst-class risk of b minus that of a (risks averaged over seeds)
     "Difference of worst-class risks, seeds averaged first; guaranteed for one seed (Bonferroni)"
     a, b = _pair(a, b, level)
     k, n = class_counts(np.stack([a, b, b & ~a, a & ~b]), y, n_cls)
     k, n = k.mean(1)[:, n > 0], n[n > 0]
     (lo_a, lo_b, lo_up, lo_down), (hi_a, hi_b, hi_up, hi_down) = exact_interval(
-        k, n, 1 - (1 - level)/(4*len(n)))
-    lo = (lo_up - hi_down)[hi_a >= lo_a.max()].min() # over classes that may be a's worst
-    hi = (hi_up - lo_down)[hi_b >= lo_b.max()].max() # over classes that may be b's worst
+        k, n, 1 - (1 - level) / (4 * len(n))
+    )
+    lo = (lo_up - hi_down)[hi_a >= lo_a.max()].min()  # over classes that may be a's worst
+    hi = (hi_up - lo_down)[hi_b >= lo_b.max()].max()  # over classes that may be b's worst
     lo, hi = max(lo, lo_b.max() - hi_a.max()), min(hi, hi_b.max() - lo_a.max())
-    return Paired((k[1]/n).max().item() - (k[0]/n).max().item(), float(lo), float(hi))
+    return Paired((k[1] / n).max().item() - (k[0] / n).max().item(), float(lo), float(hi))
 
 # %% ../nbs/08_risk.ipynb #ee6f3539
 def mcnemar(
-    a, # flags `(n,)` of the first method
-    b, # flags `(n,)` of the second, on the same images
-) -> float: # two-sided p-value of "both err equally often"
+    a,  # flags `(n,)` of the first method
+    b,  # flags `(n,)` of the second, on the same images
+) -> float:  # two-sided p-value of "both err equally often"
     "Exact test on the images where exactly one of the two is wrong - McNemar (1947)"
     a, b = _flags(a, "a"), _flags(b, "b")
     if a.shape != b.shape or a.ndim != 1 or a.size == 0:
         raise ValueError(f"a and b must be (n,) on the same images, got {a.shape} and {b.shape}")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 # %% ../nbs/08_risk.ipynb #785108f7
 def images_needed(
-    diff: float, # difference to see, in (0, 1): .02 is two points
-    risk: float = .5, # the risk midway between the two, in (0, 1)
-    level: float = .95, # confidence of the two-sided test, in (0, 1)
-    power: float = .8, # chance of seeing the difference, in (0, 1)
-) -> int: # images per class, for each of two methods on separate images
+    diff: float,  # difference to see, in (0, 1): .02 is two points
+    risk: float = 0.5,  # the risk midway between the two, in (0, 1)
+    level: float = 0.95,  # confidence of the two-sided test, in (0, 1)
+    power: float = 0.8,  # chance of seeing the difference, in (0, 1)
+) -> int:  # images per class, for each of two methods on separate images
     "Test images per class that show a difference of one class's risk (two proportions, unpaired)."
     for name, v in dict(diff=diff, risk=risk, level=level, power=power).items():
-        if not 0 < v < 1: raise ValueError(f"{name} must lie in (0, 1), got {v:g}")
-    p, q = risk - diff/2, risk + diff/2
-    if p < 0 or q > 1: raise ValueError(f"risk +- diff/2 must lie in [0, 1], got {p:g} and {q:g}")
-    z = norm.ppf((1 + level)/2) + norm.ppf(power)
-    return int(np.ceil(z**2*(p*(1 - p) + q*(1 - q))/diff**2))
+        if not 0 < v < 1:
+            raise ValueError(f"{name} must lie in (0, 1), got {v:g}")
+    p, q = risk - diff / 2, risk + diff / 2
+    if p < 0 or q > 1:
+        raise ValueError(f"risk +- diff/2 must lie in [0, 1], got {p:g} and {q:g}")
+    z = norm.ppf((1 + level) / 2) + norm.ppf(power)
+    return int(np.ceil(z**2 * (p * (1 - p) + q * (1 - q)) / diff**2))
 
 # %% ../nbs/08_risk.ipynb #0ab3960f
 def risk_range(
-    risks, # class risks `(..., C)` in [0, 1]; nan ignored
-): # `(...)`; 0 is equal
+    risks,  # class risks `(..., C)` in [0, 1]; nan ignored
+):  # `(...)`; 0 is equal
     "Worst minus best class."
     r = _risks(risks)
     return _plain(np.nanmax(r, -1) - np.nanmin(r, -1))
 
 
 def gini(
-    risks, # class risks `(..., C)` in [0, 1]; nan ignored
-): # `(...)` in [0, 1); 0 is equal (also when every risk is 0)
+    risks,  # class risks `(..., C)` in [0, 1]; nan ignored
+):  # `(...)` in [0, 1); 0 is equal (also when every risk is 0)
     "Mean difference of two classes over twice the mean risk - Gini (1912)"
     r = np.sort(_risks(risks), -1)
     m, total = (~np.isnan(r)).sum(-1), np.nansum(r, -1)
-    weights = 2*np.arange(1, r.shape[-1] + 1) - m[..., None] - 1
-    return _plain(np.nansum(weights*r, -1)/np.where(total > 0, m*total, 1))
+    weights = 2 * np.arange(1, r.shape[-1] + 1) - m[..., None] - 1
+    return _plain(np.nansum(weights * r, -1) / np.where(total > 0, m * total, 1))
 
 
 def cvar(
-    risks, # class risks `(..., C)` in [0, 1]; nan ignored
-    k: int, # how many classes, 1..C
-): # `(...)`; k = 1 is the worst class, k = C the average
+    risks,  # class risks `(..., C)` in [0, 1]; nan ignored
+    k: int,  # how many classes, 1..C
+):  # `(...)`; k = 1 is the worst class, k = C the average
     "Mean risk of the k worst classes."
     r = _risks(risks)
     seen = int((~np.isnan(r)).sum(-1).min())
     if k != int(k) or not 1 <= k <= seen:
         raise ValueError(f"k must be an integer in 1..{seen} (classes with images), got {k}")
-    return _plain(np.sort(np.where(np.isnan(r), -1, r), -1)[..., -int(k):].mean(-1))
+    return _plain(np.sort(np.where(np.isnan(r), -1, r), -1)[..., -int(k) :].mean(-1))
 
 
 def nsd(
-    risks, # class risks `(..., C)` in [0, 1]; nan ignored
-): # `(...)`; nan where every accuracy is 0
+    risks,  # class risks `(..., C)` in [0, 1]; nan ignored
+):  # `(...)`; nan where every accuracy is 0
     "Normalised standard deviation: std (ddof 0) over mean of the class accuracies."
     acc = 1 - _risks(risks)
     std, avg = np.nanstd(acc, -1), np.nanmean(acc, -1)
@@ -284,23 +305,26 @@ def nsd(
 
 # %% ../nbs/08_risk.ipynb #36dfcddd
 def rho(
-    base, # class risks `(..., C)` of the baseline, in [0, 1]
-    new, # class risks `(..., C)` of the new method
-): # `(...)`; positive: the gain outweighs the price; nan where a base accuracy is 0
+    base,  # class risks `(..., C)` of the baseline, in [0, 1]
+    new,  # class risks `(..., C)` of the new method
+):  # `(...)`; positive: the gain outweighs the price; nan where a base accuracy is 0
     "Relative gain of the worst class's accuracy minus relative drop of the average accuracy."
     base, new = 1 - _risks(base), 1 - _risks(new)
     if base.shape[-1] != new.shape[-1]:
-        raise ValueError(f"base and new must have the same classes, got {base.shape[-1]} "
-                         f"and {new.shape[-1]}")
+        raise ValueError(
+            f"base and new must have the same classes, got {base.shape[-1]} and {new.shape[-1]}"
+        )
+
     def gain(f):
         b, v = np.broadcast_arrays(f(base, -1), f(new, -1))
         return np.divide(v - b, b, out=np.full(b.shape, np.nan), where=b > 0)
+
     return _plain(gain(np.nanmin) + gain(np.nanmean))
 
 # %% ../nbs/08_risk.ipynb #f733c305
 def worst_case(
-    flags, # `(attacks, ..., n)` booleans, ordered from clean and weak to strong
-) -> np.ndarray: # same shape: wrong under this attack or any before it
+    flags,  # `(attacks, ..., n)` booleans, ordered from clean and weak to strong
+) -> np.ndarray:  # same shape: wrong under this attack or any before it
     "Worst case over each attack and all weaker ones: never falls along axis 0."
     flags = _flags(flags, "flags")
     if flags.ndim < 2 or flags.size == 0:
@@ -309,19 +333,19 @@ def worst_case(
 
 # %% ../nbs/08_risk.ipynb #2cc1b941
 def pack_flags(
-    wrong, # flags of any shape
-) -> str: # base64 text of the bits, row by row: 8 flags a byte
+    wrong,  # flags of any shape
+) -> str:  # base64 text of the bits, row by row: 8 flags a byte
     "Flags as text for a JSON record."
     return base64.b64encode(np.packbits(_flags(wrong)).tobytes()).decode("ascii")
 
 
 def unpack_flags(
-    text: str, # from `pack_flags`
-    n, # number of flags, or their shape
-) -> np.ndarray: # booleans of that shape
+    text: str,  # from `pack_flags`
+    n,  # number of flags, or their shape
+) -> np.ndarray:  # booleans of that shape
     "The flags of a JSON record."
     bits = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
     size = int(np.prod(n))
-    if bits.size != (size + 7)//8:
-        raise ValueError(f"text must hold {(size + 7)//8} bytes for {n} flags, got {bits.size}")
+    if bits.size != (size + 7) // 8:
+        raise ValueError(f"text must hold {(size + 7) // 8} bytes for {n} flags, got {bits.size}")
     return np.unpackbits(bits, count=size).astype(bool).reshape(n)

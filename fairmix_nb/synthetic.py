@@ -13,29 +13,20 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
 from scipy.optimize import minimize
-from scipy.special import expit
-from scipy.special import ndtr
+from scipy.special import expit, ndtr
 
 import fairmix_nb
-from .gaussian import GaussianPair
-from .gaussian import class_risk
-from .gaussian import gap
-from .gaussian import linear_risk
-from .gaussian import mc_class_risk
+from .gaussian import GaussianPair, class_risk, gap, linear_risk, mc_class_risk
 from .gaussian import overall_risk
-from .mixup import SameClassMixup
-from .mixup import variance_factor
-from .theory import optimal_risk
-from .theory import threshold
+from .mixup import SameClassMixup, variance_factor
+from .theory import optimal_risk, threshold
 
 # %% ../nbs/06_synthetic.ipynb #e404318b
 def _check_xy(x: np.ndarray, y: np.ndarray) -> None:
@@ -51,7 +42,7 @@ def _check_xy(x: np.ndarray, y: np.ndarray) -> None:
 def fit_logistic(
     x: np.ndarray,  # points `(n, d)`
     y: np.ndarray,  # labels `(n,)`, +1 and -1
-    eps: float = 0.,  # radius of the adversary's box, >= 0
+    eps: float = 0.0,  # radius of the adversary's box, >= 0
     ridge: float = 1e-6,  # weight of |w|^2 / 2, > 0: a separable sample has a finite answer
 ) -> tuple:  # weights `(d,)` and bias
     "Adversarial logistic regression, the inner maximum exact: eps |w|_1 off every margin - eq. (4)"
@@ -61,16 +52,21 @@ def fit_logistic(
         raise ValueError(f"eps must be >= 0 and ridge > 0, got {eps} and {ridge}")
     n, d = x.shape
     rows = np.c_[y[:, None] * np.c_[x, -x] - eps, y]  # margins are rows @ (u, v, b)
-    shrink = np.r_[np.full(2 * d, ridge), 0.]
+    shrink = np.r_[np.full(2 * d, ridge), 0.0]
 
     def loss(theta):
         m = rows @ theta
         slope = shrink * theta - (expit(-m) @ rows) / n
         return np.logaddexp(0, -m).mean() + shrink @ theta**2 / 2, slope
 
-    best = minimize(loss, np.zeros(2 * d + 1), jac=True, method="L-BFGS-B",
-                    bounds=[(0, None)] * (2 * d) + [(None, None)],
-                    options=dict(maxiter=5000, ftol=1e-13, gtol=1e-7)).x
+    best = minimize(
+        loss,
+        np.zeros(2 * d + 1),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0, None)] * (2 * d) + [(None, None)],
+        options=dict(maxiter=5000, ftol=1e-13, gtol=1e-7),
+    ).x
     return best[:d] - best[d:-1], float(best[-1])
 
 # %% ../nbs/06_synthetic.ipynb #6a63b685
@@ -78,8 +74,8 @@ def trained_risk(
     w: np.ndarray,  # weights `(d,)`; all zero: a constant classifier
     b: float,  # bias
     p: GaussianPair,  # the true classes
-    g: float = 1.,  # variance factor of the data it is measured on; 1: the original data
-    eps: float = 0.,  # radius it is measured at
+    g: float = 1.0,  # variance factor of the data it is measured on; 1: the original data
+    eps: float = 0.0,  # radius it is measured at
 ) -> np.ndarray:  # `(2,)` exact risks in the order (+1, -1)
     "Exact class-wise risk of a trained line, constants included - eq. (3)"
     if np.any(w):
@@ -109,8 +105,8 @@ def mixed_pairs(
 # %% ../nbs/06_synthetic.ipynb #6e7b28e8
 def logistic_limit(
     p: GaussianPair,  # the two classes, plain numbers
-    g: float = 1.,  # variance factor of the training data, in (0, 1]
-    eps: float = 0.,  # radius it is trained against, >= 0
+    g: float = 1.0,  # variance factor of the training data, in (0, 1]
+    eps: float = 0.0,  # radius it is trained against, >= 0
 ) -> float:  # threshold t = b/w
     "Where logistic regression puts its line when it has infinitely many points - by quadrature"
     threshold(p, g, eps)  # refuses what has no best line
@@ -127,7 +123,7 @@ def logistic_limit(
         value = q_pos @ np.logaddexp(0, -m_pos) + q_neg @ np.logaddexp(0, -m_neg)
         return value, -np.array([e_pos @ u_pos + e_neg @ u_neg, e_pos.sum() - e_neg.sum()])
 
-    w, b = minimize(loss, [1., 0.], jac=True, method="BFGS", options=dict(gtol=1e-10)).x
+    w, b = minimize(loss, [1.0, 0.0], jac=True, method="BFGS", options=dict(gtol=1e-10)).x
     return float(r * b / w)
 
 # %% ../nbs/06_synthetic.ipynb #4c1a5d1c
@@ -136,7 +132,7 @@ def _soft_risk(theta, x, y, eps, h):
     w, b = theta[:-1], theta[-1]
     length = np.linalg.norm(w)
     m = (y * (x @ w + b) - eps * np.abs(w).sum()) / length
-    k = np.exp(-(m / h)**2 / 2) / (np.sqrt(2 * np.pi) * h * len(y))
+    k = np.exp(-((m / h) ** 2) / 2) / (np.sqrt(2 * np.pi) * h * len(y))
     slope = ((k * y) @ x - k.sum() * eps * np.sign(w)) / length - (k @ m) * w / length**2
     return ndtr(-m / h).mean(), -np.r_[slope, (k @ y) / length]
 
@@ -144,8 +140,8 @@ def _soft_risk(theta, x, y, eps, h):
 def fit_sigmoid(
     x: np.ndarray,  # points `(n, d)`
     y: np.ndarray,  # labels `(n,)`, +1 and -1
-    eps: float = 0.,  # radius of the adversary's box, >= 0
-    widths: tuple = (1., .5, .25, .125),  # of the sigmoid, in spreads of the narrower class
+    eps: float = 0.0,  # radius of the adversary's box, >= 0
+    widths: tuple = (1.0, 0.5, 0.25, 0.125),  # of the sigmoid, in spreads of the narrower class
 ) -> tuple:  # weights `(d,)` of length 1 and bias
     "Fewest adversarial errors, softly counted, from the logistic line by annealing - eq. (4)"
     w, b = fit_logistic(x, y, eps)
@@ -161,12 +157,13 @@ def fit_sigmoid(
     return theta[:-1], float(theta[-1])
 
 # %% ../nbs/06_synthetic.ipynb #1870b85e
-BASE = GaussianPair(mu_pos=1., mu_neg=1., sigma_pos=1., sigma_neg=1., d=4, prior=.8)
+BASE = GaussianPair(mu_pos=1.0, mu_neg=1.0, sigma_pos=1.0, sigma_neg=1.0, d=4, prior=0.8)
 
 # %% ../nbs/06_synthetic.ipynb #c2e0c6e2
 @dataclass(frozen=True)
 class Panel:
     "One panel: theory as lines, Monte Carlo and trained classifiers as dots - Figures 1, 2"
+
     title: str  # which risk
     xlabel: str  # what varies
     x: np.ndarray  # `(m,)` its values
@@ -188,8 +185,17 @@ def _draw_curve(ax, panel: Panel, c: int, ls: str) -> None:
     for j, colour in enumerate(("C0", "C1")):
         ax.plot(panel.x, panel.line[c, :, j], ls, color=colour)
         ax.plot(at, panel.mc[c, :, j], "x", color=colour, ms=4)
-        ax.errorbar(at, panel.fit[c, :, j], panel.fit_sd[c, :, j], fmt="o", color=colour, ms=4,
-                    mfc="w" if c == 0 else colour, capsize=2, lw=.8)
+        ax.errorbar(
+            at,
+            panel.fit[c, :, j],
+            panel.fit_sd[c, :, j],
+            fmt="o",
+            color=colour,
+            ms=4,
+            mfc="w" if c == 0 else colour,
+            capsize=2,
+            lw=0.8,
+        )
 
 
 def draw(
@@ -199,6 +205,7 @@ def draw(
     "Draw a panel in both readings; plain dashed and open, mixup solid and filled - Figures 1, 2"
     if axes is None:
         import matplotlib.pyplot as plt
+
         _, axes = plt.subplots(1, 2, figsize=(6.4, 2.4), sharey=True, layout="constrained")
     for ax, c, name in zip(axes, (1, 2), ("each on its training data", "both on original data")):
         _draw_curve(ax, panel, 0, "--")
@@ -232,15 +239,20 @@ def draw_sample(
 def _dots(q: GaussianPair, eps: float, lam: float, n: int, draws: int, rng) -> tuple:
     "Monte Carlo (est, se) and trained (mean, sd) risks `(3, 2)` for one problem."
     g = variance_factor(lam)
-    t, t_mix = threshold(q, 1., eps), threshold(q, g, eps)
-    mc = [mc_class_risk(v, q, n, rng, h, eps) for v, h in ((t, 1.), (t_mix, g), (t_mix, 1.))]
+    t, t_mix = threshold(q, 1.0, eps), threshold(q, g, eps)
+    mc = [mc_class_risk(v, q, n, rng, h, eps) for v, h in ((t, 1.0), (t_mix, g), (t_mix, 1.0))]
     fit = fit_logistic if q.sigma_pos == q.sigma_neg else fit_sigmoid
     runs = []
     for _ in range(draws):
         x, y = draw_sample(q, n, rng)
         plain, mixed = fit(x, y, eps), fit(*mixed_pairs(x, y, lam, rng, rounds=2), eps)
-        runs.append([trained_risk(*plain, q, 1., eps), trained_risk(*mixed, q, g, eps),
-                     trained_risk(*mixed, q, 1., eps)])
+        runs.append(
+            [
+                trained_risk(*plain, q, 1.0, eps),
+                trained_risk(*mixed, q, g, eps),
+                trained_risk(*mixed, q, 1.0, eps),
+            ]
+        )
     est, se = zip(*mc)
     return est, se, np.mean(runs, 0), np.std(runs, 0, ddof=1)
 
@@ -250,7 +262,7 @@ def _panel(title, xlabel, x, p, eps, lam, n, draws, seed) -> Panel:
     if draws < 2:
         raise ValueError(f"draws must be >= 2, got {draws}")
     g, eps = variance_factor(lam), np.broadcast_to(eps, x.shape)
-    line = np.stack([optimal_risk(p, *v) for v in ((1., eps), (g, eps), (g, eps, 1.))])
+    line = np.stack([optimal_risk(p, *v) for v in ((1.0, eps), (g, eps), (g, eps, 1.0))])
     at = np.unique(np.linspace(0, len(x) - 1, 5).round().astype(int))
     rng = np.random.default_rng(seed)
     dots = [_dots(_pick(p, i), float(eps[i]), lam, n, draws, rng) for i in at]
@@ -274,8 +286,8 @@ def _apart(p: GaussianPair, distance: np.ndarray) -> GaussianPair:
 # %% ../nbs/06_synthetic.ipynb #6c286903
 def panel_1a(
     p: GaussianPair = BASE,  # everything but the distance
-    distance=np.linspace(.4, 3, 27),  # of the means per feature, mu_pos + mu_neg, > 0
-    lam: float = .5,  # mixing weight in [0, 1]
+    distance=np.linspace(0.4, 3, 27),  # of the means per feature, mu_pos + mu_neg, > 0
+    lam: float = 0.5,  # mixing weight in [0, 1]
     *,
     n: int = 2000,  # points per training set, and per class for Monte Carlo
     draws: int = 8,  # training sets per dot
@@ -284,13 +296,13 @@ def panel_1a(
     "Natural risk against the distance of the means - Figure 1 (a), Props 1, Thm 3"
     x = _axis("distance", distance)
     many, name = _apart(p, x), r"distance $\mu_+ + \mu_-$"
-    return _panel("natural risk", name, x, many, 0., lam, n, draws, seed)
+    return _panel("natural risk", name, x, many, 0.0, lam, n, draws, seed)
 
 # %% ../nbs/06_synthetic.ipynb #69a05a7c
 def panel_1b(
     p: GaussianPair = BASE,  # the two classes
-    eps=np.linspace(0, .9, 37),  # radii >= 0, below half the distance of the means
-    lam: float = .5,  # mixing weight in [0, 1]
+    eps=np.linspace(0, 0.9, 37),  # radii >= 0, below half the distance of the means
+    lam: float = 0.5,  # mixing weight in [0, 1]
     *,
     n: int = 2000,  # points per training set, and per class for Monte Carlo
     draws: int = 8,  # training sets per dot
@@ -305,8 +317,8 @@ def panel_1b(
 def panel_2a(
     p: GaussianPair = BASE,  # everything but the distance
     distance=np.linspace(1.6, 4.2, 27),  # of the means per feature, > 2 eps
-    lam: float = .5,  # mixing weight in [0, 1]
-    eps: float = .6,  # radius, >= 0
+    lam: float = 0.5,  # mixing weight in [0, 1]
+    eps: float = 0.6,  # radius, >= 0
     *,
     n: int = 2000,  # points per training set, and per class for Monte Carlo
     draws: int = 8,  # training sets per dot
@@ -321,8 +333,8 @@ def panel_2a(
 def panel_2b(
     p: GaussianPair = BASE,  # everything but the dimension
     d=np.arange(1, 34),  # dimensions, whole numbers >= 1
-    lam: float = .5,  # mixing weight in [0, 1]
-    eps: float = .6,  # radius, >= 0, below half the distance of the means
+    lam: float = 0.5,  # mixing weight in [0, 1]
+    eps: float = 0.6,  # radius, >= 0, below half the distance of the means
     *,
     n: int = 2000,  # points per training set, and per class for Monte Carlo
     draws: int = 8,  # training sets per dot
@@ -337,6 +349,7 @@ def panel_2b(
 @dataclass(frozen=True)
 class Scenario:
     "A finite-sample experiment: a problem, how lines are trained and measured, sample sizes"
+
     name: str
     p: GaussianPair  # the problem
     eps: float  # radius trained against
@@ -347,12 +360,27 @@ class Scenario:
 
 FITS = dict(logistic=fit_logistic, sigmoid=fit_sigmoid)
 SCENARIOS = (
-    Scenario("rare class", BASE, .6, .6, "logistic", (30, 100, 300, 1000, 3000)),
-    Scenario("balanced", replace(BASE, prior=.5), .6, .6, "logistic", (30, 100, 300, 1000, 3000)),
-    Scenario("40 features", GaussianPair(.5, .5, 1., 1., 40, .5), .2, .2, "logistic",
-             (40, 100, 300, 600, 1000, 3000)),
-    Scenario("natural risk after AT", GaussianPair(.7, 1.2, 1., .55, 1, .7), .44, 0., "sigmoid",
-             (100, 300, 1000, 3000, 10_000, 30_000)))
+    Scenario("rare class", BASE, 0.6, 0.6, "logistic", (30, 100, 300, 1000, 3000)),
+    Scenario(
+        "balanced", replace(BASE, prior=0.5), 0.6, 0.6, "logistic", (30, 100, 300, 1000, 3000)
+    ),
+    Scenario(
+        "40 features",
+        GaussianPair(0.5, 0.5, 1.0, 1.0, 40, 0.5),
+        0.2,
+        0.2,
+        "logistic",
+        (40, 100, 300, 600, 1000, 3000),
+    ),
+    Scenario(
+        "natural risk after AT",
+        GaussianPair(0.7, 1.2, 1.0, 0.55, 1, 0.7),
+        0.44,
+        0.0,
+        "sigmoid",
+        (100, 300, 1000, 3000, 10_000, 30_000),
+    ),
+)
 
 # %% ../nbs/06_synthetic.ipynb #d0fe8348
 def _separable(w, b, x, y, eps) -> bool:
@@ -364,7 +392,7 @@ def one_draw(
     s: Scenario,  # the experiment
     n: int,  # sample size
     rng: np.random.Generator,  # source of randomness
-    lam: float = .5,  # mixing weight in [0, 1]
+    lam: float = 0.5,  # mixing weight in [0, 1]
     rounds: int = 4,  # mixed pairs per point
 ) -> tuple:  # risks `(2, 2)` (plain, mixup) x (+1, -1), and whether each training set was separated
     "Train plain and mixed from one sample; exact risks on the original data - eqs. (9), (13)"
@@ -372,7 +400,7 @@ def one_draw(
     risks, separated = [], []
     for data in ((x, y), mixed_pairs(x, y, lam, rng, rounds=rounds)):
         w, b = FITS[s.fit](*data, s.eps)
-        risks.append(trained_risk(w, b, s.p, 1., s.eps_test))
+        risks.append(trained_risk(w, b, s.p, 1.0, s.eps_test))
         separated.append(_separable(w, b, *data, s.eps))
     return np.array(risks), np.array(separated)
 
@@ -380,17 +408,35 @@ def one_draw(
 def _provenance() -> dict:
     "Versions, hardware, threads and commit, for records."
     cpu = Path("/proc/cpuinfo")
-    names = [v.split(":")[1].strip() for v in cpu.read_text().splitlines()
-             if v.startswith("model name")] if cpu.exists() else []
+    names = (
+        [
+            v.split(":")[1].strip()
+            for v in cpu.read_text().splitlines()
+            if v.startswith("model name")
+        ]
+        if cpu.exists()
+        else []
+    )
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(fairmix_nb.__file__).parent,
-                                capture_output=True, text=True, timeout=10).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(fairmix_nb.__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    return dict(cpu=(names or [platform.machine()])[0], cores=os.cpu_count(),
-                threads=torch.get_num_threads(), python=platform.python_version(),
-                numpy=np.__version__, scipy=scipy.__version__, torch=torch.__version__,
-                commit=commit or None)
+    return dict(
+        cpu=(names or [platform.machine()])[0],
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        scipy=scipy.__version__,
+        torch=torch.__version__,
+        commit=commit or None,
+    )
 
 # %% ../nbs/06_synthetic.ipynb #349437ca
 def finite_samples(
@@ -398,7 +444,7 @@ def finite_samples(
     draws: int = 100,  # samples per experiment and n, >= 30 for the intervals
     *,
     seed: int = 0,  # of everything drawn
-    lam: float = .5,  # mixing weight in [0, 1]
+    lam: float = 0.5,  # mixing weight in [0, 1]
     rounds: int = 4,  # mixed pairs per point
 ) -> dict:  # plain data: what was run, where, and the risks of every draw
     "Gap and worst class of trained lines against n, plain and mixed: the record of all draws"
@@ -407,15 +453,29 @@ def finite_samples(
     start, cells = time.perf_counter(), []
     for i, s in enumerate(scenarios):
         for n in s.sizes:
-            runs = [one_draw(s, n, np.random.default_rng([seed, i, n, j]), lam, rounds)
-                    for j in range(draws)]
-            cells.append(dict(scenario=s.name, n=n,
-                              risks=np.array([r for r, _ in runs]).round(5).tolist(),
-                              separated=np.mean([q for _, q in runs], 0).round(4).tolist()))
-    config = dict(scenarios=[asdict(s) for s in scenarios], draws=draws, seed=seed, lam=lam,
-                  rounds=rounds)
-    return dict(schema=1, kind="synthetic_finite", config=config, provenance=_provenance(),
-                seconds=round(time.perf_counter() - start, 1), cells=cells)
+            runs = [
+                one_draw(s, n, np.random.default_rng([seed, i, n, j]), lam, rounds)
+                for j in range(draws)
+            ]
+            cells.append(
+                dict(
+                    scenario=s.name,
+                    n=n,
+                    risks=np.array([r for r, _ in runs]).round(5).tolist(),
+                    separated=np.mean([q for _, q in runs], 0).round(4).tolist(),
+                )
+            )
+    config = dict(
+        scenarios=[asdict(s) for s in scenarios], draws=draws, seed=seed, lam=lam, rounds=rounds
+    )
+    return dict(
+        schema=1,
+        kind="synthetic_finite",
+        config=config,
+        provenance=_provenance(),
+        seconds=round(time.perf_counter() - start, 1),
+        cells=cells,
+    )
 
 # %% ../nbs/06_synthetic.ipynb #9f9dbda3
 def summarise(
@@ -427,12 +487,23 @@ def summarise(
     for c in record["cells"]:
         risks = np.array(c["risks"])
         half = 1.96 / np.sqrt(len(risks))
-        for name, v in [("gap", gap(risks)), ("worst class", risks.max(-1)),
-                        ("overall", overall_risk(risks, priors[c["scenario"]]))]:
+        for name, v in [
+            ("gap", gap(risks)),
+            ("worst class", risks.max(-1)),
+            ("overall", overall_risk(risks, priors[c["scenario"]])),
+        ]:
             change = v[:, 1] - v[:, 0]
-            rows.append(dict(scenario=c["scenario"], n=c["n"], measure=name, mean=v.mean(0),
-                             half=half * v.std(0, ddof=1), change=change.mean(),
-                             change_half=half * change.std(ddof=1)))
+            rows.append(
+                dict(
+                    scenario=c["scenario"],
+                    n=c["n"],
+                    measure=name,
+                    mean=v.mean(0),
+                    half=half * v.std(0, ddof=1),
+                    change=change.mean(),
+                    change_half=half * change.std(ddof=1),
+                )
+            )
     return rows
 
 # %% ../nbs/06_synthetic.ipynb #e551f310
@@ -442,18 +513,25 @@ def plot_finite(
 ):  # the figure
     "Risks of trained lines against n with 95 % intervals; thin lines: the limit for infinite n"
     import matplotlib.pyplot as plt
+
     cfg, rows = record["config"], summarise(record)
     high, wide = len(measures), len(cfg["scenarios"])
-    fig, axes = plt.subplots(high, wide, squeeze=False, sharex="col", layout="constrained",
-                             figsize=(1.8 * wide, 1.75 * high))
+    fig, axes = plt.subplots(
+        high,
+        wide,
+        squeeze=False,
+        sharex="col",
+        layout="constrained",
+        figsize=(1.8 * wide, 1.75 * high),
+    )
     for i, measure in enumerate(measures):
         for ax, s in zip(axes[i], cfg["scenarios"]):
             mine = [r for r in rows if (r["scenario"], r["measure"]) == (s["name"], measure)]
             n, mean, half = (np.array([r[k] for r in mine]) for k in ("n", "mean", "half"))
-            for j, (g, ls) in enumerate([(1., "--"), (variance_factor(cfg["lam"]), "-")]):
+            for j, (g, ls) in enumerate([(1.0, "--"), (variance_factor(cfg["lam"]), "-")]):
                 ax.errorbar(n, mean[:, j], half[:, j], fmt="ko" + ls, ms=3, mfc="wk"[j], lw=1)
-                r = optimal_risk(GaussianPair(**s["p"]), g, s["eps"], 1., s["eps_test"])
-                ax.axhline(gap(r) if measure == "gap" else r.max(), color="C7", ls=ls, lw=.7)
+                r = optimal_risk(GaussianPair(**s["p"]), g, s["eps"], 1.0, s["eps_test"])
+                ax.axhline(gap(r) if measure == "gap" else r.max(), color="C7", ls=ls, lw=0.7)
             ax.set(xscale="log", ylim=(0, None), title=s["name"] if i == 0 else "")
         axes[i, 0].set_ylabel(measure)
     for ax in axes[-1]:
@@ -464,6 +542,7 @@ def plot_finite(
 @dataclass(frozen=True)
 class Scene:
     "What the explorer shows at one position of its sliders"
+
     p: GaussianPair  # the problem
     g: float  # variance factor of the mixed data
     eps: float  # radius
@@ -474,13 +553,18 @@ class Scene:
 
 def _note(p, t, risks) -> str:
     "Gap, worst class and overall risk in words, constants named."
-    words = [f"{name}: the best line is no line, always {'+1' if v > 0 else '-1'}."
-             for name, v in zip(("Plain", "Mixup"), t) if np.isinf(v)]
+    words = [
+        f"{name}: the best line is no line, always {'+1' if v > 0 else '-1'}."
+        for name, v in zip(("Plain", "Mixup"), t)
+        if np.isinf(v)
+    ]
     before, after = risks[:2]
-    words.append("On the original data, plain -> mixup: "
-                 f"gap {gap(before):.3f} -> {gap(after):.3f}, "
-                 f"worst class {before.max():.3f} -> {after.max():.3f}, overall risk "
-                 f"{overall_risk(before, p.prior):.3f} -> {overall_risk(after, p.prior):.3f}.")
+    words.append(
+        "On the original data, plain -> mixup: "
+        f"gap {gap(before):.3f} -> {gap(after):.3f}, "
+        f"worst class {before.max():.3f} -> {after.max():.3f}, overall risk "
+        f"{overall_risk(before, p.prior):.3f} -> {overall_risk(after, p.prior):.3f}."
+    )
     return " ".join(words)
 
 # %% ../nbs/06_synthetic.ipynb #7261017f
@@ -492,21 +576,23 @@ def scene(
     "Thresholds, class risks and a sentence; a sentence only where no best line exists - Thms 3, 4"
     if p.shape:
         raise ValueError(f"scene needs plain numbers, got fields of shape {p.shape}")
-    class_risk(0., p, g, eps)  # refuses a wrong g or eps
+    class_risk(0.0, p, g, eps)  # refuses a wrong g or eps
     try:
-        t = np.array([threshold(p, 1., eps), threshold(p, g, eps)])
+        t = np.array([threshold(p, 1.0, eps), threshold(p, g, eps)])
     except ValueError:
-        note = (f"No best line: mu_pos + mu_neg - 2 eps = {p.mu_pos + p.mu_neg - 2 * eps:.2f}. The "
-                "adversary can carry each centre to the other's side. "
-                "Lower eps, or move the means apart.")
+        note = (
+            f"No best line: mu_pos + mu_neg - 2 eps = {p.mu_pos + p.mu_neg - 2 * eps:.2f}. The "
+            "adversary can carry each centre to the other's side. "
+            "Lower eps, or move the means apart."
+        )
         return Scene(p, g, eps, np.full(2, np.nan), np.full((3, 2), np.nan), note)
-    risks = class_risk([t[0], t[1], t[1]], p, [1., 1., g], eps)
+    risks = class_risk([t[0], t[1], t[1]], p, [1.0, 1.0, g], eps)
     return Scene(p, g, eps, t, risks, _note(p, t, risks))
 
 # %% ../nbs/06_synthetic.ipynb #4b1ce659
 def _bell(u, centre, dev):
     "A normal density, up to the factor sqrt(2 pi)."
-    return np.exp(-((u - centre) / dev)**2 / 2) / dev
+    return np.exp(-(((u - centre) / dev) ** 2) / 2) / dev
 
 
 def _build_curves(views) -> tuple:
@@ -514,8 +600,8 @@ def _build_curves(views) -> tuple:
     parts = []
     for ax in views:
         for colour in ("C0", "C1"):
-            (bell,), (mixed,) = (ax.plot([], [], color=colour, lw=lw) for lw in (1.3, .6))
-            (area,) = ax.fill([0, 0, 0], [0, 0, 0], color=colour, alpha=.4, lw=0)
+            (bell,), (mixed,) = (ax.plot([], [], color=colour, lw=lw) for lw in (1.3, 0.6))
+            (area,) = ax.fill([0, 0, 0], [0, 0, 0], color=colour, alpha=0.4, lw=0)
             parts.append((bell, mixed, area))
     return parts, [ax.axvline(0, color="k", ls=ls, lw=1.5) for ax, ls in zip(views, ("--", "-"))]
 
@@ -523,10 +609,13 @@ def _build_curves(views) -> tuple:
 def _build_bars(ax) -> tuple:
     "Per class three bars and their numbers."
     x, sides = np.arange(3), ((-1, "C0", "class +1"), (1, "C1", "class $-1$"))
-    rects = [ax.bar(x + s * .2, np.zeros(3), .38, color=c, label=name).patches
-             for s, c, name in sides]
-    texts = [[ax.text(i + s * .2, 0, "", ha="center", va="bottom", fontsize=6.5) for i in x]
-             for s, _, _ in sides]
+    rects = [
+        ax.bar(x + s * 0.2, np.zeros(3), 0.38, color=c, label=name).patches for s, c, name in sides
+    ]
+    texts = [
+        [ax.text(i + s * 0.2, 0, "", ha="center", va="bottom", fontsize=6.5) for i in x]
+        for s, _, _ in sides
+    ]
     ax.set_xticks(x, ["plain", "mixup", "mixup on\nmixed data"], fontsize=7)
     ax.set_title("class risk (= shaded area)", fontsize=8, loc="left", pad=3)
     ax.tick_params(labelsize=7)
@@ -549,7 +638,7 @@ def _move_curves(stage, s: Scene) -> None:
         side = np.clip(np.where(np.isnan(cut), low, side), low, high)
         area.set_xy(np.r_[np.c_[side, _bell(side, c, dev)], np.c_[side[[-1, 0]], [0, 0]]])
     stage.views[0].set_xlim(low, high)
-    for ax, scale in zip(stage.views, (1., np.sqrt(s.g))):
+    for ax, scale in zip(stage.views, (1.0, np.sqrt(s.g))):
         ax.set_ylim(0, 1.08 / sigma.min() / scale)
     for line, t in zip(stage.cuts, s.t):
         line.set_visible(bool(np.isfinite(t)))
@@ -559,8 +648,8 @@ def _move_curves(stage, s: Scene) -> None:
 def _move_bars(stage, s: Scene) -> None:
     "Bars and numbers to the scene; the axis has six heights, so that it does not flicker."
     none, risks = np.isnan(s.risks).any(), np.nan_to_num(s.risks)
-    fits = [v for v in (.05, .1, .2, .4, .7, 1.) if v >= risks.max() and not none]
-    stage.bars.set_ylim(0, 1.3 * min(fits, default=1.))
+    fits = [v for v in (0.05, 0.1, 0.2, 0.4, 0.7, 1.0) if v >= risks.max() and not none]
+    stage.bars.set_ylim(0, 1.3 * min(fits, default=1.0))
     for j in (0, 1):
         for rect, text, v in zip(stage.rects[j], stage.texts[j], risks[:, j]):
             rect.set_height(v)
@@ -569,8 +658,17 @@ def _move_bars(stage, s: Scene) -> None:
 # %% ../nbs/06_synthetic.ipynb #b46074ff
 def _build_views(fig) -> tuple:
     "The figure's axes: two views, one above the other, and the bars."
-    grid = fig.add_gridspec(2, 2, width_ratios=(2.1, 1), left=.02, right=.99, bottom=.15, top=.93,
-                            hspace=.3, wspace=.13)
+    grid = fig.add_gridspec(
+        2,
+        2,
+        width_ratios=(2.1, 1),
+        left=0.02,
+        right=0.99,
+        bottom=0.15,
+        top=0.93,
+        hspace=0.3,
+        wspace=0.13,
+    )
     top, bars = fig.add_subplot(grid[0, 0]), fig.add_subplot(grid[:, 1])
     low = fig.add_subplot(grid[1, 0], sharex=top)
     for ax, on in ((top, "plain: fitted to original"), (low, "mixup: fitted to mixed (thin)")):
@@ -583,16 +681,24 @@ def _build_views(fig) -> tuple:
 
 class Stage:
     "The explorer's figure: what stands still is drawn once, `png(scene)` draws the rest"
+
     def __init__(self):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        fig = Figure(figsize=(7.2, 3.), dpi=100)
+
+        fig = Figure(figsize=(7.2, 3.0), dpi=100)
         self.canvas = FigureCanvasAgg(fig)
         self.views, self.bars = _build_views(fig)
         self.parts, self.cuts = _build_curves(self.views)
         self.rects, self.texts = _build_bars(self.bars)
-        self.moving = [*sum(map(list, self.parts), []), *self.cuts, *sum(map(list, self.rects), []),
-                       *sum(self.texts, []), self.views[1].xaxis, self.bars.yaxis]
+        self.moving = [
+            *sum(map(list, self.parts), []),
+            *self.cuts,
+            *sum(map(list, self.rects), []),
+            *sum(self.texts, []),
+            self.views[1].xaxis,
+            self.bars.yaxis,
+        ]
         for part in self.moving:
             part.set_animated(True)
         self.canvas.draw()
@@ -606,6 +712,7 @@ def _png(
 ) -> bytes:
     "One frame"
     from PIL import Image
+
     _move_curves(self, s)
     _move_bars(self, s)
     self.canvas.restore_region(self.still)
@@ -623,29 +730,34 @@ Stage.png = _png
 def _sliders(p: GaussianPair, eps: float, lam: float) -> dict:
     "The explorer's controls, by name."
     import ipywidgets as wid
+
     look = dict(style=dict(description_width="80px"), layout=wid.Layout(width="300px"))
 
     def slide(name, value, low, high, step):
         return wid.FloatSlider(value, min=low, max=high, step=step, description=name, **look)
 
-    made = {k: slide(k, getattr(p, k), -1, 3, .05) for k in ("mu_pos", "mu_neg")}
-    made |= {k: slide(k, getattr(p, k), .1, 4, .05) for k in ("sigma_pos", "sigma_neg")}
-    made["prior"], made["eps"] = slide("prior", p.prior, 0, 1, .01), slide("eps", eps, 0, 2, .05)
+    made = {k: slide(k, getattr(p, k), -1, 3, 0.05) for k in ("mu_pos", "mu_neg")}
+    made |= {k: slide(k, getattr(p, k), 0.1, 4, 0.05) for k in ("sigma_pos", "sigma_neg")}
+    made["prior"], made["eps"] = slide("prior", p.prior, 0, 1, 0.01), slide("eps", eps, 0, 2, 0.05)
     made["d"] = wid.IntSlider(value=p.d, min=1, max=50, description="d", **look)
-    made["mixing"] = wid.ToggleButtons(options=["pairs", "k-way"], description="mix",
-                                       style=dict(description_width="80px", button_width="90px"))
-    made["lam"] = slide("lambda", lam, 0, 1, .01)
+    made["mixing"] = wid.ToggleButtons(
+        options=["pairs", "k-way"],
+        description="mix",
+        style=dict(description_width="80px", button_width="90px"),
+    )
+    made["lam"] = slide("lambda", lam, 0, 1, 0.01)
     made["k"] = wid.IntSlider(value=2, min=1, max=10, description="k", disabled=True, **look)
     return made
 
 # %% ../nbs/06_synthetic.ipynb #1a3f57fe
 def explore(
     p: GaussianPair = BASE,  # where the sliders start, plain numbers
-    eps: float = .6,  # radius
-    lam: float = .5,  # mixing weight in [0, 1]
+    eps: float = 0.6,  # radius
+    lam: float = 0.5,  # mixing weight in [0, 1]
 ):  # an ipywidgets box, shown by a notebook or Voila; its `sliders` attribute holds the controls
     "Move the problem and watch plain and mixed lines, errors and class risks - Thms 3, 4"
     import ipywidgets as wid
+
     scene(p, variance_factor(lam), eps)  # refuses bad input before anything is shown
     s, stage = _sliders(p, eps, lam), Stage()
     picture, words = wid.Image(format="png", width=720, height=300), wid.HTML()
@@ -660,8 +772,11 @@ def explore(
     for control in s.values():
         control.observe(move, "value")
     move()
-    columns = (("prior", "d", "eps", "mixing"), ("mu_pos", "mu_neg", "lam"),
-               ("sigma_pos", "sigma_neg", "k"))
+    columns = (
+        ("prior", "d", "eps", "mixing"),
+        ("mu_pos", "mu_neg", "lam"),
+        ("sigma_pos", "sigma_neg", "k"),
+    )
     table = wid.HBox([wid.VBox([s[k] for k in names]) for names in columns])
     box = wid.VBox([table, picture, words])
     box.sliders = s

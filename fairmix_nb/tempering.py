@@ -10,30 +10,21 @@ from numbers import Real
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import expit
-from scipy.special import log_ndtr
-from scipy.special import logsumexp
+from scipy.special import expit, log_ndtr, logsumexp
 
-from .gaussian import GaussianPair
-from .gaussian import _broadcast
-from .gaussian import _check
-from .gaussian import _check_g_eps
-from .gaussian import _reals
-from .gaussian import class_risk
+from .gaussian import GaussianPair, _broadcast, _check, _check_g_eps, _reals, class_risk
 from .gaussian import overall_risk
-from .mixup import _check_law
-from .mixup import variance_factor
-from .theory import log_odds
-from .theory import threshold
+from .mixup import _check_law, variance_factor
+from .theory import log_odds, threshold
 
 # %% ../nbs/05_tempering.ipynb #149fdd0d
 def tempered_prior(
     p: GaussianPair,  # the two classes
-    g: float = 1.,  # variance factor of the mixed data, in (0, 1]
+    g: float = 1.0,  # variance factor of the mixed data, in (0, 1]
 ) -> np.ndarray:  # P(y = +1) of the problem on original data with the same stationary line
     r"Prior with odds $(\alpha/(1-\alpha))^g\,(\sigma_+/\sigma_-)^{1-g}$ - tempering theorem"
     (g,) = _reals(g=g)
-    _check_g_eps(g, 0.)
+    _check_g_eps(g, 0.0)
     _broadcast(g=g, p=np.empty(p.shape))
     return expit(g * log_odds(p) - np.log(p.sigma_neg) + np.log(p.sigma_pos))[()]
 
@@ -41,12 +32,12 @@ def tempered_prior(
 def fairness_path(
     p: GaussianPair,  # the two classes
     gs: np.ndarray,  # variance factors in [0, 1]; 0 is the limit of equal risks
-    eps: float = 0.,  # radius, >= 0, trained against and measured at
+    eps: float = 0.0,  # radius, >= 0, trained against and measured at
 ) -> tuple:  # thresholds `(...)` and risks on the original data `(..., 2)`
     "The lines that mixing leads to, from optimal (g = 1) to fair (0) - Thms 3, 4, tempering"
     gs, eps = _reals(gs=gs, eps=eps)
     _check(~((gs >= 0) & (gs <= 1)), "gs must lie in [0, 1]", gs)
-    t = threshold(p, np.where(gs > 0, gs, 1.), eps)
+    t = threshold(p, np.where(gs > 0, gs, 1.0), eps)
     s_p, s_m = p.sigma_pos, p.sigma_neg
     fair = p.d * ((p.mu_neg - eps) * s_p - (p.mu_pos - eps) * s_m) / np.add(s_p, s_m)
     t = np.where((gs > 0) | np.isinf(log_odds(p)), t, fair)[()]
@@ -56,9 +47,9 @@ def fairness_path(
 def _law_nodes(law) -> tuple:
     "Variance factors and weights that replace a law of lambda by a sum."
     if hasattr(law, "pmf"):
-        lam = np.unique(law.ppf((np.arange(2**14) + .5) / 2**14))
+        lam = np.unique(law.ppf((np.arange(2**14) + 0.5) / 2**14))
         return variance_factor(lam), law.pmf(lam) / law.pmf(lam).sum()
-    x = np.arange(.02, 3.2, .04)
+    x = np.arange(0.02, 3.2, 0.04)
     q = expit(-np.pi * np.sinh(x))  # tanh-sinh in the quantile; both halves of the law
     w = np.cosh(x) * q * (1 - q)
     lam = np.concatenate((q, 1 - q) if isinstance(law, str) else (law.ppf(q), law.isf(q)))
@@ -87,11 +78,13 @@ def _law_optimum(p, eps, g, w) -> float:
 
     def margins(t):
         t = np.asarray(t)[..., None]
-        return ((t + p.d * (p.mu_pos - eps)) / (np.sqrt(p.d * g) * p.sigma_pos),
-                (p.d * (p.mu_neg - eps) - t) / (np.sqrt(p.d * g) * p.sigma_neg))
+        return (
+            (t + p.d * (p.mu_pos - eps)) / (np.sqrt(p.d * g) * p.sigma_pos),
+            (p.d * (p.mu_neg - eps) - t) / (np.sqrt(p.d * g) * p.sigma_neg),
+        )
 
     def slope(t):  # has the sign of the derivative of the risk
-        e_p, e_m = (logsumexp(log_w - .5 * np.log(g) - z * z / 2, axis=-1) for z in margins(t))
+        e_p, e_m = (logsumexp(log_w - 0.5 * np.log(g) - z * z / 2, axis=-1) for z in margins(t))
         return e_m - e_p - L
 
     ts = _segment(p, L, eps, g.min(), g.max())
@@ -99,7 +92,8 @@ def _law_optimum(p, eps, g, w) -> float:
     ts = np.array([*ts[:1], *ts[-1:], *(brentq(slope, ts[i], ts[i + 1], xtol=1e-14) for i in up)])
     (pos_right, pos_wrong), (neg_right, neg_wrong) = (
         [a + logsumexp(log_w + log_ndtr(k * z), axis=-1) for k in (1, -1)]
-        for z, a in zip(margins(ts), (np.log(p.prior), np.log1p(-p.prior))))
+        for z, a in zip(margins(ts), (np.log(p.prior), np.log1p(-p.prior)))
+    )
     if not ts.size:
         return np.copysign(np.inf, p.sigma_pos - p.sigma_neg)
     i = np.argmin(np.logaddexp(pos_wrong, neg_wrong))
@@ -111,7 +105,7 @@ def _law_optimum(p, eps, g, w) -> float:
 def law_threshold(
     p: GaussianPair,  # the two classes; arrays of problems broadcast
     law,  # of lambda: a number in [0, 1], 'uniform' or a SciPy frozen distribution on [0, 1]
-    eps: float = 0.,  # radius the line is trained against, >= 0
+    eps: float = 0.0,  # radius the line is trained against, >= 0
 ) -> np.ndarray:  # t = b/w of the optimal line; +inf: always +1, -inf: always -1
     "Global minimiser of the risk on data mixed with a random lambda - eqs. (9)-(13)"
     _check_law(law)
@@ -120,7 +114,7 @@ def law_threshold(
     g, w = _law_nodes(law)
     if np.ptp(g) < 1e-12:
         return threshold(p, g.mean(), eps)
-    threshold(p, 1., eps)  # refuses what is outside the theorem
+    threshold(p, 1.0, eps)  # refuses what is outside the theorem
     fields = [*vars(p).values(), np.asarray(eps, dtype=float)]
     solve = np.vectorize(lambda *a: _law_optimum(GaussianPair(*a[:6]), a[6], g, w), otypes=[float])
     return solve(*fields)[()]
@@ -129,8 +123,9 @@ def law_threshold(
 def price(
     p: GaussianPair,  # the two classes
     g: float,  # variance factor in [0, 1]
-    eps: float = 0.,  # radius, >= 0
+    eps: float = 0.0,  # radius, >= 0
 ) -> np.ndarray:  # what the overall risk on the original data rises by, >= 0
     "Overall risk of the line fitted to mixed data minus the smallest possible - tempering, 3"
-    return (overall_risk(fairness_path(p, g, eps)[1], p.prior)
-            - overall_risk(fairness_path(p, 1., eps)[1], p.prior))
+    return overall_risk(fairness_path(p, g, eps)[1], p.prior) - overall_risk(
+        fairness_path(p, 1.0, eps)[1], p.prior
+    )

@@ -9,14 +9,8 @@ __all__ = ['log_odds', 'threshold', 'optimal_risk']
 import numpy as np
 from scipy.special import erfcx
 
-from .gaussian import GaussianPair
-from .gaussian import _broadcast
-from .gaussian import _check
-from .gaussian import _check_g_eps
-from .gaussian import _reals
-from .gaussian import _two_prod
-from .gaussian import _two_sum
-from .gaussian import class_risk
+from .gaussian import GaussianPair, _broadcast, _check, _check_g_eps, _reals, _two_prod
+from .gaussian import _two_sum, class_risk
 
 # %% ../nbs/03_theory.ipynb #e0fb97c1
 def log_odds(
@@ -26,7 +20,7 @@ def log_odds(
     s_m, k = np.frexp(p.sigma_neg)  # scaled by a power of two, so that no product overflows
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         s_p = np.ldexp(p.sigma_pos, -k)
-        rest, err = _two_sum(1., -np.asarray(p.prior))
+        rest, err = _two_sum(1.0, -np.asarray(p.prior))
         (pos, e_pos), (neg, e_neg) = _two_prod(p.prior, s_m), _two_prod(rest, s_p)
         near = np.log1p(((pos - neg) + (e_pos - e_neg - err * s_p)) / neg)
         odds = np.log(p.prior / np.subtract(1, p.prior))
@@ -36,8 +30,8 @@ def log_odds(
 # %% ../nbs/03_theory.ipynb #4563879f
 def threshold(
     p: GaussianPair,  # the two classes; arrays of problems broadcast
-    g: float = 1.,  # variance factor of the data the line is fitted to, in (0, 1]
-    eps: float = 0.,  # radius the line is trained against, >= 0
+    g: float = 1.0,  # variance factor of the data the line is fitted to, in (0, 1]
+    eps: float = 0.0,  # radius the line is trained against, >= 0
 ) -> np.ndarray:  # t = b/w of the optimal line; +inf: always +1, -inf: always -1
     "The line of least overall risk - Thms 3, 4, eqs. (2), (4), (12), (13), (19), (28), (29), (36)"
     g, eps = _reals(g=g, eps=eps)
@@ -52,8 +46,9 @@ def threshold(
         c = 2 * g * L * (s_m - s_p) * (s_m + s_p) / d
         k = np.sqrt(np.abs(c))
         Q = np.where(c >= 0, np.hypot(M, k), np.sqrt(M - k) * np.sqrt(M + k))  # NaN: none
-        t = (d * ((p.mu_neg - eps) * s_p - (p.mu_pos - eps) * s_m) / (s_p + s_m)
-             + 2 * g * s_p * s_m * L / (M + Q))
+        t = d * ((p.mu_neg - eps) * s_p - (p.mu_pos - eps) * s_m) / (
+            s_p + s_m
+        ) + 2 * g * s_p * s_m * L / (M + Q)
         S = np.sqrt(d / g) * (M + Q) / (s_p + s_m)
     return _or_constant(t, S, L, p)
 
@@ -71,8 +66,8 @@ def _or_constant(t, S, L, p):
 # %% ../nbs/03_theory.ipynb #58524649
 def optimal_risk(
     p: GaussianPair,  # the two classes
-    g: float = 1.,  # variance factor of the data the line is fitted to, in (0, 1]
-    eps: float = 0.,  # radius the line is trained against, >= 0
+    g: float = 1.0,  # variance factor of the data the line is fitted to, in (0, 1]
+    eps: float = 0.0,  # radius the line is trained against, >= 0
     g_test: float = None,  # variance factor it is measured at; None: `g`; 1: the original data
     eps_test: float = None,  # radius it is measured at; None: `eps`; 0: natural risk
 ) -> np.ndarray:  # `(..., 2)` risks in the order (+1, -1)

@@ -22,39 +22,22 @@ import platform
 import subprocess
 import time
 import warnings
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 import fairmix_nb
-from .attacks import NORMS
-from .attacks import attack_by_name
-from .attacks import fgsm
-from .attacks import pgd
-from .data import Data
-from .data import ImageSet
-from .data import as_floats
-from .data import augment
-from .data import batches
-from .data import progress_bar
-from .data import sync_folder
+from .attacks import NORMS, attack_by_name, fgsm, pgd
+from .data import Data, ImageSet, as_floats, augment, batches, progress_bar, sync_folder
 from .data import write_aside
-from .mixup import ClassTable
-from .mixup import any_partner
-from .mixup import mix
-from .mixup import same_class_partners
-from .mixup import sample_lam
+from .mixup import ClassTable, any_partner, mix, same_class_partners, sample_lam
 from .mixup import sample_weights
 from .models import fold_batchnorm
 

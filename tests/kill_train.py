@@ -5,6 +5,7 @@
 One process loads PyTorch and the data; every run is a child of it, killed with SIGKILL, which no
 program can catch. Every other kill is aimed at a place inside the writing of a checkpoint.
 """
+
 import json
 import mmap
 import os
@@ -25,12 +26,26 @@ from fairmix_nb import train as T
 
 # every stream is drawn from, BatchNorm and Adam have memory, the learning rate drops
 CFG = T.TrainCfg(
-    pipeline=("attack", "mix"), attack="pgd", steps=2, eps=0.1, epochs=24, batch=64, lr=3e-3,
-    augment="crop_flip", schedule=("step", 9, 0.3), smoothing=0.1,
+    pipeline=("attack", "mix"),
+    attack="pgd",
+    steps=2,
+    eps=0.1,
+    epochs=24,
+    batch=64,
+    lr=3e-3,
+    augment="crop_flip",
+    schedule=("step", 9, 0.3),
+    smoothing=0.1,
 )
 PHASES = ("before", "steps", "watching", "checkpoint", "record", "done")
-AIMS = ("half of the checkpoint written", "before it is flushed", "before last.pt moves",
-        "before the new one is renamed", "before the folder is flushed", "half of the record written")
+AIMS = (
+    "half of the checkpoint written",
+    "before it is flushed",
+    "before last.pt moves",
+    "before the new one is renamed",
+    "before the folder is flushed",
+    "half of the record written",
+)
 
 
 def small_data():
@@ -41,7 +56,9 @@ def small_data():
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+        )
 
 
 def die():
@@ -50,16 +67,24 @@ def die():
 
 def watched_by(phase):
     "Tell the parent, through shared memory, what the child is doing."
+
     def tell(name, code):
         inner = getattr(T, name)
 
         def outer(*args, **kw):
             was, phase[0] = phase[0], code
-            try: return inner(*args, **kw)
-            finally: phase[0] = was
+            try:
+                return inner(*args, **kw)
+            finally:
+                phase[0] = was
+
         setattr(T, name, outer)
+
     tell("run_epoch", 1), tell("watch", 2), tell("save_state", 3)
-    T.Keeper.save_record, inner = (lambda self, state: (phase.__setitem__(0, 4), inner(self, state))), T.Keeper.save_record
+    T.Keeper.save_record, inner = (
+        (lambda self, state: (phase.__setitem__(0, 4), inner(self, state))),
+        T.Keeper.save_record,
+    )
 
 
 def aim_at(place, saves):
@@ -74,7 +99,9 @@ def aim_at(place, saves):
         path, target = Path(path), ("new.pt", "record.json")[place == 5]
         if count[0] == saves and path.name == target and place in (0, 5):
             content = content.encode() if isinstance(content, str) else content
-            path.with_name(f"{path.name}.tmp-{os.getpid()}").write_bytes(content[:len(content) // 2])
+            path.with_name(f"{path.name}.tmp-{os.getpid()}").write_bytes(
+                content[: len(content) // 2]
+            )
             die()
         if count[0] == saves and path.name == target and place == 1:
             os.fsync = lambda fd: die()
@@ -82,23 +109,33 @@ def aim_at(place, saves):
 
     def renamed(a, b):
         names = Path(a).name, Path(b).name
-        if count[0] == saves and names == {2: ("last.pt", "previous.pt"), 3: ("new.pt", "last.pt")}.get(place): die()
+        if count[0] == saves and names == {
+            2: ("last.pt", "previous.pt"),
+            3: ("new.pt", "last.pt"),
+        }.get(place):
+            die()
         replace_(a, b)
-        if count[0] == saves and place == 4 and names == ("new.pt", "last.pt"): die()
+        if count[0] == saves and place == 4 and names == ("new.pt", "last.pt"):
+            die()
+
     T.save_state, T.write_aside, os.replace = counted, half, renamed
 
 
 def child(cfg, folder, data, phase, aim=None, saves=1):
     "Train, or go on, in a process of its own; its id."
     pid = os.fork()
-    if pid: return pid
+    if pid:
+        return pid
     code = 1
     try:
         warnings.simplefilter("ignore")
         watched_by(phase)
-        if aim is not None: aim_at(aim, saves)
-        if T.checkpoints(folder, T.ALL): T.resume(folder, network(), data, cfg, device="cpu", progress=False)
-        else: T.fit(network(), data, cfg, device="cpu", out=folder, progress=False)
+        if aim is not None:
+            aim_at(aim, saves)
+        if T.checkpoints(folder, T.ALL):
+            T.resume(folder, network(), data, cfg, device="cpu", progress=False)
+        else:
+            T.fit(network(), data, cfg, device="cpu", out=folder, progress=False)
         code, phase[0] = 0, 5
     finally:
         os._exit(code)
@@ -112,12 +149,19 @@ def result(folder):
 
 def state_of(folder):
     "What a killed run left, and what `resume` would take."
-    files = sorted(p.name.split("-")[0] for p in Path(folder).iterdir()) if Path(folder).exists() else []
+    files = (
+        sorted(p.name.split("-")[0] for p in Path(folder).iterdir())
+        if Path(folder).exists()
+        else []
+    )
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        try: epoch, taken = T.load_checkpoint(folder)["epoch"], "last.pt"
-        except FileNotFoundError: epoch, taken = 0, "none"
-    if notes: taken = str(notes[0].message).split("/")[-1].split(",")[0]
+        try:
+            epoch, taken = T.load_checkpoint(folder)["epoch"], "last.pt"
+        except FileNotFoundError:
+            epoch, taken = 0, "none"
+    if notes:
+        taken = str(notes[0].message).split("/")[-1].split(",")[0]
     return dict(files=files, epoch=epoch, taken=taken)
 
 
@@ -141,7 +185,14 @@ def kill_and_resume(cfg, kills, base, seed=0):
         status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status):
             where = seen if aim is None else AIMS[aim]
-            rows.append(dict(run=len(equal), how="random" if aim is None else "aimed", where=where, **state_of(folder)))
+            rows.append(
+                dict(
+                    run=len(equal),
+                    how="random" if aim is None else "aimed",
+                    where=where,
+                    **state_of(folder),
+                )
+            )
         else:
             assert status == 0, status
             equal.append(result(folder) == want)
@@ -154,10 +205,18 @@ def main(kills, path=None):
     with tempfile.TemporaryDirectory() as base:
         rows, equal, (digest, epochs) = kill_and_resume(cfg, kills, base)
     record = dict(
-        schema=1, kind="kill_resume", provenance=T.provenance("cpu"), cfg=asdict(cfg), epochs=epochs,
-        seconds=round(time.perf_counter() - start, 1), digest=digest, kills=rows, equal=equal,
+        schema=1,
+        kind="kill_resume",
+        provenance=T.provenance("cpu"),
+        cfg=asdict(cfg),
+        epochs=epochs,
+        seconds=round(time.perf_counter() - start, 1),
+        digest=digest,
+        kills=rows,
+        equal=equal,
     )
-    if path: D.write_aside(path, json.dumps(record, indent=1) + "\n")
+    if path:
+        D.write_aside(path, json.dumps(record, indent=1) + "\n")
     print(json.dumps(dict(kills=len(rows), runs=len(equal), equal=all(equal))))
     return all(equal)
 

@@ -1,4 +1,5 @@
 """The audit under bad conditions: large sets, kills, models that misbehave, the command line."""
+
 import json
 import os
 import signal
@@ -11,21 +12,26 @@ import pytest
 import torch
 from torch import nn
 
-from fairmix_nb.audit import audit
-from fairmix_nb.audit import load_report
+from fairmix_nb.audit import audit, load_report
 from fairmix_nb.data import load
 from fairmix_nb.models import small_cnn
 
-QUIET = dict(progress=False, device='cpu')
+QUIET = dict(progress=False, device="cpu")
 
 
-@pytest.fixture(scope='module')
-def digits(): return load('digits').test
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits").test
 
 
 def run(code):
-    return subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    )
 
 
 SLOW_AUDIT = """
@@ -39,26 +45,26 @@ audit(build('small_cnn', 10, 1, 0), load('digits').test, .1, ('clean', 'fgsm', '
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    out, whole = tmp_path / 'a', tmp_path / 'whole'
+    out, whole = tmp_path / "a", tmp_path / "whole"
     assert run(SLOW_AUDIT.format(out=str(whole), resume=False)).wait(120) == 0
     victim = run(SLOW_AUDIT.format(out=str(out), resume=False))
-    journal, start = out / 'journal.jsonl', time.time()
+    journal, start = out / "journal.jsonl", time.time()
     while not (journal.exists() and len(journal.read_text().splitlines()) > 20):
         assert victim.poll() is None and time.time() - start < 120, "ended before it was killed"
-        time.sleep(.01)
+        time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     victim.wait(20)
     before = journal.read_text()
-    kept = before[:before.rfind('\n') + 1].splitlines()
+    kept = before[: before.rfind("\n") + 1].splitlines()
     again = run(SLOW_AUDIT.format(out=str(out), resume=True))
     assert again.wait(120) == 0, again.stdout.read()
-    assert journal.read_text().splitlines()[:len(kept)] == kept, "finished work is not done again"
+    assert journal.read_text().splitlines()[: len(kept)] == kept, "finished work is not done again"
     keys = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
     assert len(keys) == len(set(keys))
     one, two = load_report(whole), load_report(out)
     for attack in one.attacks:
         assert np.array_equal(one.flags(attack, raw=True), two.flags(attack, raw=True))
-    assert one.record['diagnosis'] == two.record['diagnosis']
+    assert one.record["diagnosis"] == two.record["diagnosis"]
 
 
 PEAK = """
@@ -77,31 +83,40 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 @pytest.mark.slow
 def test_memory_stays_below_two_gigabytes_with_ten_thousand_images():
     peak = [float(run(PEAK.format(n=n, d=100)).communicate(timeout=900)[0]) for n in (1000, 10000)]
-    assert peak[1] < 2 and peak[1] < peak[0] + .2, f"peak {peak} GiB"
+    assert peak[1] < 2 and peak[1] < peak[0] + 0.2, f"peak {peak} GiB"
 
 
 def test_memory_holds_one_chunk():
     "The same with a network that costs nothing."
-    code = PEAK.replace("build('resnet20', 10, 3, 0)", "torch.nn.Sequential(torch.nn.Flatten(), "
-                        "torch.nn.Linear(3072, 10))")
+    code = PEAK.replace(
+        "build('resnet20', 10, 3, 0)",
+        "torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))",
+    )
     peak = float(run(code.format(n=10000, d=100)).communicate(timeout=120)[0])
     assert peak < 1.2, f"peak {peak} GiB; the images alone as floats are .11"
 
 
 class Moody(nn.Module):
     "BatchNorm, dropout and a buffer that counts: everything that an audit could disturb."
+
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.2),
-                                  nn.Flatten(), nn.Linear(4 * 36, 10))
-        self.register_buffer('calls', torch.zeros(()))
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Flatten(),
+            nn.Linear(4 * 36, 10),
+        )
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
         self.calls += 1
         return self.body(x)
 
 
-@pytest.mark.parametrize('mode', [True, False])
+@pytest.mark.parametrize("mode", [True, False])
 def test_model_is_left_as_it_was(digits, mode):
     model = Moody().train(mode)
     model.body[0].eval()
@@ -110,86 +125,121 @@ def test_model_is_left_as_it_was(digits, mode):
     modes = [m.training for m in model.modules()]
     asks = [p.requires_grad for p in model.parameters()]
     random = torch.get_rng_state()
-    audit(model, digits.subset(torch.arange(60)), .1, ('clean', 'fgsm', 'pgd-3', 'apgd-ce'),
-          **QUIET)
+    audit(
+        model, digits.subset(torch.arange(60)), 0.1, ("clean", "fgsm", "pgd-3", "apgd-ce"), **QUIET
+    )
     assert all(torch.equal(v, was[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == asks
     assert all(p.grad is None for p in model.parameters())
-    if not mode: assert torch.equal(torch.get_rng_state(), random), "global random state"
+    if not mode:
+        assert torch.equal(torch.get_rng_state(), random), "global random state"
 
 
 def test_worst_case_is_monotone_and_contains_raw(digits):
-    found = audit(small_cnn(10, 1), digits, .05, ('clean', 'fgsm', 'pgd-3', 'apgd-ce'), diagnose=0,
-                  sweep=(.5, 1, 2), **QUIET)
+    found = audit(
+        small_cnn(10, 1),
+        digits,
+        0.05,
+        ("clean", "fgsm", "pgd-3", "apgd-ce"),
+        diagnose=0,
+        sweep=(0.5, 1, 2),
+        **QUIET,
+    )
     total = np.zeros(len(digits), bool)
     for attack in found.attacks:
         assert not (total & ~found.flags(attack)).any()
         total |= found.flags(attack, raw=True)
         assert np.array_equal(found.flags(attack), total)
-    assert (np.diff(found.record['sweep'], axis=0) >= 0).all()
-    assert np.array(found.confusion('fgsm')).sum() == len(digits)
-    assert np.trace(found.confusion('fgsm')) == (~found.flags('fgsm', raw=True)).sum()
+    assert (np.diff(found.record["sweep"], axis=0) >= 0).all()
+    assert np.array(found.confusion("fgsm")).sum() == len(digits)
+    assert np.trace(found.confusion("fgsm")) == (~found.flags("fgsm", raw=True)).sum()
 
 
 def test_order_of_chunks_does_not_change_the_points_of_comparison(digits):
     "Per image flags of deterministic attacks do not depend on the batch size."
     model = small_cnn(10, 1)
-    one, two = (audit(model, digits, .05, ('clean', 'fgsm'), diagnose=0, batch=b, **QUIET)
-                for b in (64, 602))
-    assert one.record['test'] == two.record['test']
+    one, two = (
+        audit(model, digits, 0.05, ("clean", "fgsm"), diagnose=0, batch=b, **QUIET)
+        for b in (64, 602)
+    )
+    assert one.record["test"] == two.record["test"]
     assert np.array_equal(one.flags(), two.flags())
 
 
-@pytest.mark.parametrize('data, message', [
-    (lambda s: (s.floats().double().mul(255).long(), s.y), 'floating point'),
-    (lambda s: (s.floats() + .5, s.y), 'must lie in the box'),
-    (lambda s: (s.floats(), s.y + 10), r'classes in 0..9'),
-    (lambda s: (s.floats(), s.y.float()), 'long'),
-    (lambda s: [], 'no image'),
-    (lambda s: s.floats(), 'data must be'),
-])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (lambda s: (s.floats().double().mul(255).long(), s.y), "floating point"),
+        (lambda s: (s.floats() + 0.5, s.y), "must lie in the box"),
+        (lambda s: (s.floats(), s.y + 10), r"classes in 0..9"),
+        (lambda s: (s.floats(), s.y.float()), "long"),
+        (lambda s: [], "no image"),
+        (lambda s: s.floats(), "data must be"),
+    ],
+)
 def test_bad_data_is_refused(digits, data, message):
     with pytest.raises(ValueError, match=message):
-        audit(small_cnn(10, 1), data(digits), .1, ('clean', 'fgsm'), **QUIET)
+        audit(small_cnn(10, 1), data(digits), 0.1, ("clean", "fgsm"), **QUIET)
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda z: z * float('nan'), 'finite'), (lambda z: z[:, 0], 'must return logits'),
-    (lambda z: z.detach(), 'differentiably'), (lambda z: z.argmax(1), 'must return logits'),
-    (lambda z: z[:1], 'must return logits')])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda z: z * float("nan"), "finite"),
+        (lambda z: z[:, 0], "must return logits"),
+        (lambda z: z.detach(), "differentiably"),
+        (lambda z: z.argmax(1), "must return logits"),
+        (lambda z: z[:1], "must return logits"),
+    ],
+)
 def test_bad_model_is_refused_before_any_work(digits, change, message):
     net = small_cnn(10, 1)
     with pytest.raises(ValueError, match=message):
-        audit(lambda x: change(net(x)), digits, .1, **QUIET)
+        audit(lambda x: change(net(x)), digits, 0.1, **QUIET)
 
 
 def test_report_files_and_damaged_ones(digits, tmp_path):
-    found = audit(small_cnn(10, 1), digits.subset(torch.arange(50)), .1, ('clean', 'fgsm'),
-                  out=tmp_path / 'r', **QUIET)
-    assert {p.name for p in (tmp_path / 'r').iterdir()} == {
-        'journal.jsonl', 'audit.json', 'report.txt', 'report.html', 'figure.png'}
-    assert load_report(tmp_path / 'r').record == json.loads(json.dumps(found.record))
-    for text in ('', '{', '[]', '{"schema": 9}', '{"schema": 1, "kind": "fit"}'):
-        (tmp_path / 'bad.json').write_text(text)
-        with pytest.raises(ValueError, match='bad.json'): load_report(tmp_path / 'bad.json')
-    for text in ('', 'x\n', '[1]\n', '{"kind": "audit"}\n[1, 2, 3]\n'):
-        (tmp_path / 'j').mkdir(exist_ok=True)
-        (tmp_path / 'j/journal.jsonl').write_text(text)
-        with pytest.raises(ValueError, match='journal'):
-            audit(small_cnn(10, 1), digits, .1, ('clean',), out=tmp_path / 'j', resume=True,
-                  **QUIET)
-        assert (tmp_path / 'j/journal.jsonl').read_text() == text, "never a changed file"
+    found = audit(
+        small_cnn(10, 1),
+        digits.subset(torch.arange(50)),
+        0.1,
+        ("clean", "fgsm"),
+        out=tmp_path / "r",
+        **QUIET,
+    )
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {
+        "journal.jsonl",
+        "audit.json",
+        "report.txt",
+        "report.html",
+        "figure.png",
+    }
+    assert load_report(tmp_path / "r").record == json.loads(json.dumps(found.record))
+    for text in ("", "{", "[]", '{"schema": 9}', '{"schema": 1, "kind": "fit"}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="bad.json"):
+            load_report(tmp_path / "bad.json")
+    for text in ("", "x\n", "[1]\n", '{"kind": "audit"}\n[1, 2, 3]\n'):
+        (tmp_path / "j").mkdir(exist_ok=True)
+        (tmp_path / "j/journal.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="journal"):
+            audit(
+                small_cnn(10, 1), digits, 0.1, ("clean",), out=tmp_path / "j", resume=True, **QUIET
+            )
+        assert (tmp_path / "j/journal.jsonl").read_text() == text, "never a changed file"
 
 
 def test_a_label_out_of_range_is_refused_wherever_it_stands(digits):
     y = digits.y.clone()
     y[-1] = 10
-    with pytest.raises(ValueError, match=r'classes in 0..9, got 10'):
-        audit(small_cnn(10, 1), (digits.floats(), y), .1, ('clean',), **QUIET)
+    with pytest.raises(ValueError, match=r"classes in 0..9, got 10"):
+        audit(small_cnn(10, 1), (digits.floats(), y), 0.1, ("clean",), **QUIET)
 
 
-@pytest.mark.parametrize("box, low, high", [(None, -1, 1), ((-1.0, 1.0), -1, 1), ((0.0, 2.0), 0, 2)])
+@pytest.mark.parametrize(
+    "box, low, high", [(None, -1, 1), ((-1.0, 1.0), -1, 1), ((0.0, 2.0), 0, 2)]
+)
 def test_images_beyond_zero_and_one_are_diagnosed(box, low, high):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     x = low + (high - low) * torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -2,6 +2,7 @@
 
 Needs Chromium and `pip install -e '.[dev,browser,docs]'`. Set FAIRMIX_SHOTS to a folder to keep the screenshots.
 """
+
 import functools
 import http.server
 import json
@@ -24,9 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "docs")]
 import book  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-         "--disable-sync --mute-audio").split()
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --mute-audio"
+).split()
 LOCAL = re.compile(r"^(data:|blob:|about:|(https?|wss?)://(127\.0\.0\.1|localhost)[:/])")
 
 
@@ -76,7 +81,7 @@ def wait_for(url, process, seconds=90):
         except urllib.error.HTTPError:  # it answers
             return
         except OSError:
-            time.sleep(.3)
+            time.sleep(0.3)
     raise AssertionError(f"{url} did not answer in {seconds} s")
 
 
@@ -89,7 +94,10 @@ def stop(process):
 
 
 def notebook(path, *sources):
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate(sources)]
+    cells = [
+        dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None)
+        for i, s in enumerate(sources)
+    ]
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     path.write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
 
@@ -100,24 +108,45 @@ def workplace(top) -> dict:
     (top / "tools").symlink_to(ROOT / "tools")
     for path in (top / "nbs").glob("*.ipynb"):
         nb = json.loads(path.read_text())
-        nb["cells"] = [c for c in nb["cells"] if not {"slow", "cuda"} & book.directives(c).keys() and book.directives(c).get("eval") != "false"]
+        nb["cells"] = [
+            c
+            for c in nb["cells"]
+            if not {"slow", "cuda"} & book.directives(c).keys()
+            and book.directives(c).get("eval") != "false"
+        ]
         for cell in nb["cells"]:
             if cell["cell_type"] == "code":
                 cell.update(outputs=[], execution_count=None)
         path.write_text(json.dumps(nb))
-    notebook(top / "nbs" / "bars.ipynb", "from fairmix_nb.data import load\nfrom fairmix_nb.models import build\nfrom fairmix_nb.train import TrainCfg, fit",
-             "cfg = TrainCfg(('attack',), eps=.1, epochs=12, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
-             "endless = TrainCfg(('attack',), eps=.1, epochs=9999, batch=64)\nfit(build('small_cnn', 10, 1), load('digits'), endless)", "6 * 7")
+    notebook(
+        top / "nbs" / "bars.ipynb",
+        "from fairmix_nb.data import load\nfrom fairmix_nb.models import build\nfrom fairmix_nb.train import TrainCfg, fit",
+        "cfg = TrainCfg(('attack',), eps=.1, epochs=12, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
+        "endless = TrainCfg(('attack',), eps=.1, epochs=9999, batch=64)\nfit(build('small_cnn', 10, 1), load('digits'), endless)",
+        "6 * 7",
+    )
     notebook(top / "nbs" / "explore.ipynb", "from fairmix_nb.synthetic import explore\nexplore()")
     settings = top / "settings" / "@jupyterlab"
-    for name, value in {"notebook-extension/tracker": dict(windowingMode="none"),
-                        "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False)}.items():
+    for name, value in {
+        "notebook-extension/tracker": dict(windowingMode="none"),
+        "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
+    }.items():
         (settings / name).parent.mkdir(parents=True, exist_ok=True)
         (settings / f"{name}.jupyterlab-settings").write_text(json.dumps(value))
     own = {f"JUPYTER_{k}_DIR": str(top / k.lower()) for k in ("CONFIG", "RUNTIME")}
-    own |= dict(JUPYTERLAB_SETTINGS_DIR=str(top / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(top / "workspaces"), IPYTHONDIR=str(top / "ipython"))
-    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "TQDM_DISABLE", "MPLBACKEND")}
-    return env | own | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", FAIRMIX_CACHE=str(top / "cache"))
+    own |= dict(
+        JUPYTERLAB_SETTINGS_DIR=str(top / "settings"),
+        JUPYTERLAB_WORKSPACES_DIR=str(top / "workspaces"),
+        IPYTHONDIR=str(top / "ipython"),
+    )
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("IN_TEST", "TQDM_DISABLE", "MPLBACKEND")
+    }
+    return (
+        env
+        | own
+        | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", FAIRMIX_CACHE=str(top / "cache"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +159,17 @@ def place(tmp_path_factory):
 def lab(place):
     top, env = place
     port = free_port()
-    argv = [shutil.which("jupyter-lab") or pytest.skip("no JupyterLab"), "--no-browser", "--allow-root", "--expose-app-in-browser",
-            "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.token=", "--ServerApp.password=", f"--ServerApp.root_dir={top / 'nbs'}"]
+    argv = [
+        shutil.which("jupyter-lab") or pytest.skip("no JupyterLab"),
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.token=",
+        "--ServerApp.password=",
+        f"--ServerApp.root_dir={top / 'nbs'}",
+    ]
     with open(top / "lab.log", "w") as log:
         process = subprocess.Popen(argv, env=env, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
@@ -166,18 +204,27 @@ def open_notebook(page, lab, name):
 
 
 def close_notebook(page):
-    page.evaluate("async () => { const w = window.jupyterapp.shell.currentWidget; await w.context.save(); await w.sessionContext.shutdown(); }")
+    page.evaluate(
+        "async () => { const w = window.jupyterapp.shell.currentWidget; await w.context.save(); await w.sessionContext.shutdown(); }"
+    )
 
 
 def run_all(page, seconds):
-    page.evaluate("""(ms) => Promise.race([window.jupyterapp.commands.execute('notebook:run-all-cells'),
-                     new Promise((_, no) => setTimeout(() => no('not finished'), ms))])""", seconds * 1000)
+    page.evaluate(
+        """(ms) => Promise.race([window.jupyterapp.commands.execute('notebook:run-all-cells'),
+                     new Promise((_, no) => setTimeout(() => no('not finished'), ms))])""",
+        seconds * 1000,
+    )
     page.evaluate(IDLE)
 
 
 def wrong(cells):
-    return [(c["source"][:80], str(o)[:300]) for c in cells for o in c["outputs"]
-            if o["output_type"] == "error" or o.get("name") == "stderr"]
+    return [
+        (c["source"][:80], str(o)[:300])
+        for c in cells
+        for o in c["outputs"]
+        if o["output_type"] == "error" or o.get("name") == "stderr"
+    ]
 
 
 @pytest.mark.parametrize("path", book.chapters(), ids=lambda p: p.stem)
@@ -186,8 +233,13 @@ def test_a_chapter_runs_from_top_to_bottom_in_jupyterlab(page, lab, path):
     run_all(page, 240)
     cells = page.evaluate(OUTPUTS)
     assert not wrong(cells), wrong(cells)[:2]
-    assert all(c["count"] for c in cells if c["source"].strip()), [c["source"][:60] for c in cells if not c["count"]][:2]
-    assert any("image/png" in o.get("data", {}) for c in cells for o in c["outputs"]) and page.locator(".jp-RenderedImage img").count()
+    assert all(c["count"] for c in cells if c["source"].strip()), [
+        c["source"][:60] for c in cells if not c["count"]
+    ][:2]
+    assert (
+        any("image/png" in o.get("data", {}) for c in cells for o in c["outputs"])
+        and page.locator(".jp-RenderedImage img").count()
+    )
     keep(page, f"lab_{path.stem}")
     close_notebook(page)
 
@@ -195,7 +247,10 @@ def test_a_chapter_runs_from_top_to_bottom_in_jupyterlab(page, lab, path):
 def sliders_change_label_and_picture(page, where):
     "Move the first slider by keyboard; its number and the picture must both follow."
     page.wait_for_selector(f"{where} .noUi-handle", state="attached")
-    handle, picture = page.locator(f"{where} .noUi-handle").first, page.locator(f"{where} img.widget-image, {where} .widget-image img").first
+    handle, picture = (
+        page.locator(f"{where} .noUi-handle").first,
+        page.locator(f"{where} img.widget-image, {where} .widget-image img").first,
+    )
     handle.scroll_into_view_if_needed()
     readout = page.locator(f"{where} .widget-readout").first
     before = readout.inner_text(), picture.get_attribute("src")
@@ -222,14 +277,21 @@ def test_the_explorer_moves_in_jupyterlab(page, lab):
 def test_bars_finish_and_an_interrupted_training_leaves_the_kernel_usable(page, lab):
     open_notebook(page, lab, "bars.ipynb")
     run = "(i) => { const w = window.jupyterapp.shell.currentWidget.content; w.activeCellIndex = i; return window.jupyterapp.commands.execute('notebook:run-cell'); }"
-    begin, bar = run.replace("return ", "void "), page.locator(".jp-OutputArea .widget-hprogress, .jp-OutputArea .jupyter-widgets-progress")
+    begin, bar = (
+        run.replace("return ", "void "),
+        page.locator(".jp-OutputArea .widget-hprogress, .jp-OutputArea .jupyter-widgets-progress"),
+    )
     page.evaluate(run, 0)
     page.evaluate(begin, 1)
     bar.first.wait_for(state="visible")
-    page.wait_for_function("() => /[1-9]\\d?\\/12/.test(document.querySelector('.jp-Notebook').innerText)")
+    page.wait_for_function(
+        "() => /[1-9]\\d?\\/12/.test(document.querySelector('.jp-Notebook').innerText)"
+    )
     keep(page, "lab_bar_moves")
     page.wait_for_function(DONE, arg=1)
-    assert page.evaluate(OUTPUTS)[1]["outputs"][-1]["data"]["text/plain"] == "12" and not bar.count()  # it leaves when it is done
+    assert (
+        page.evaluate(OUTPUTS)[1]["outputs"][-1]["data"]["text/plain"] == "12" and not bar.count()
+    )  # it leaves when it is done
     page.evaluate(begin, 2)
     bar.first.wait_for(state="visible")
     page.wait_for_timeout(2000)
@@ -238,7 +300,11 @@ def test_bars_finish_and_an_interrupted_training_leaves_the_kernel_usable(page, 
     page.evaluate(run, 3)
     cells = page.evaluate(OUTPUTS)
     stopped = [o for o in cells[2]["outputs"] if o["output_type"] == "error"]
-    assert stopped and stopped[0]["ename"] == "KeyboardInterrupt" and "stopped in epoch" in stopped[0]["evalue"], cells[2]["outputs"]
+    assert (
+        stopped
+        and stopped[0]["ename"] == "KeyboardInterrupt"
+        and "stopped in epoch" in stopped[0]["evalue"]
+    ), cells[2]["outputs"]
     assert cells[3]["outputs"][0]["data"]["text/plain"] == "42"
     keep(page, "lab_interrupted")
     close_notebook(page)
@@ -251,8 +317,13 @@ def test_the_explorer_moves_under_voila(page, place):
     top, env = place
     voila, port = shutil.which("voila") or pytest.skip("no Voila"), free_port()
     with open(top / "voila.log", "w") as log:
-        process = subprocess.Popen([voila, "explore.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"], cwd=top / "nbs",
-                                   env=env, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [voila, "explore.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"],
+            cwd=top / "nbs",
+            env=env,
+            stdout=log,
+            stderr=log,
+        )
     try:
         wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js", process)
         page.goto(f"http://127.0.0.1:{port}/")
@@ -268,6 +339,7 @@ def test_the_explorer_moves_under_voila(page, place):
 def site(tmp_path_factory):
     pytest.importorskip("myst_nb", reason="pip install -e '.[docs]'")
     import build
+
     out = Path(os.environ.get("FAIRMIX_SITE") or tmp_path_factory.mktemp("site") / "html")
     if not (out / "index.html").exists():
         assert build.build(out) == []
@@ -276,21 +348,38 @@ def site(tmp_path_factory):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(out))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
 
 
-@pytest.mark.parametrize("name", ["index", *(p.stem for p in book.chapters()), "map", "errata", "names", "glossary", "bibliography",
-                                  *(f"modules/{m}" for m in book.modules())])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "index",
+        *(p.stem for p in book.chapters()),
+        "map",
+        "errata",
+        "names",
+        "glossary",
+        "bibliography",
+        *(f"modules/{m}" for m in book.modules()),
+    ],
+)
 def test_a_page_of_the_site_needs_no_network_and_shows_its_formulas(page, site, name):
     page.goto(f"{site}/{name}.html")
     page.evaluate("() => window.MathJax && MathJax.startup ? MathJax.startup.promise : null")
-    written, shown, failed = (page.locator(css).count() for css in (".math", "mjx-container", "mjx-merror"))
+    written, shown, failed = (
+        page.locator(css).count() for css in (".math", "mjx-container", "mjx-merror")
+    )
     assert shown >= written > 0 or not written, (written, shown)
     assert not failed and not page.errors and not page.abroad, (failed, page.errors, page.abroad)
-    broken = page.evaluate("() => [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)")
+    broken = page.evaluate(
+        "() => [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+    )
     assert not broken, broken
     if name in ("03_theory", "05_tempering"):
         assert shown > 100
@@ -301,4 +390,6 @@ def test_the_site_finds_tempering(page, site):
     page.locator("input.sidebar-search").fill("tempering")
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results li a")
-    assert "It was prior tempering" in page.locator("#search-results").inner_text() and not page.abroad
+    assert (
+        "It was prior tempering" in page.locator("#search-results").inner_text() and not page.abroad
+    )

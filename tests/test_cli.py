@@ -1,4 +1,5 @@
 "The command `fairmix`, as a user types it: what it prints, what it refuses, and what it leaves behind."
+
 import json
 import os
 import re
@@ -16,7 +17,18 @@ from PIL import Image
 from fairmix_nb.compare import compare, main, preset
 from fairmix_nb.train import TrainCfg
 
-QUICK = ["compare", "--data", "digits", "--methods", "natural", "at", "--seeds", "0", "--epochs", "1"]
+QUICK = [
+    "compare",
+    "--data",
+    "digits",
+    "--methods",
+    "natural",
+    "at",
+    "--seeds",
+    "0",
+    "--epochs",
+    "1",
+]
 
 
 def make_folder(top, n=12, classes=("cat", "dog"), parts=("",), size=16):
@@ -44,7 +56,13 @@ def test_digits_end_to_end_then_show(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "pgd-20 risk" in printed and "minus at" in printed and str(out) in printed
     assert max(map(len, printed.split("Intervals")[0].splitlines())) <= 100
-    assert sorted(p.name for p in out.iterdir()) == ["at-0", "curves.csv", "figure.png", "natural-0", "record.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "at-0",
+        "curves.csv",
+        "figure.png",
+        "natural-0",
+        "record.json",
+    ]
     before = (out / "record.json").read_bytes()
     assert main(["show", str(out)]) == 0
     assert capsys.readouterr().out == printed
@@ -53,7 +71,21 @@ def test_digits_end_to_end_then_show(tmp_path, capsys):
 
 def test_folder_of_colour_images(tmp_path, capsys):
     folder = make_folder(tmp_path / "pets", parts=("train", "test"))
-    argv = ["compare", "--data", folder, "--methods", "at", "--seeds", "0", "--epochs", "1", "--batch", "8", "--model", "small_cnn"]
+    argv = [
+        "compare",
+        "--data",
+        folder,
+        "--methods",
+        "at",
+        "--seeds",
+        "0",
+        "--epochs",
+        "1",
+        "--batch",
+        "8",
+        "--model",
+        "small_cnn",
+    ]
     assert main([str(a) for a in [*argv, "--out", tmp_path / "run"]]) == 0
     assert "cat" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "record.json").read_text())
@@ -61,24 +93,27 @@ def test_folder_of_colour_images(tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(record["config"])
 
 
-@pytest.mark.parametrize("extra, says", [
-    (["--data", "digit"], "did you mean 'digits'"),
-    (["--data", "nowhere/at/all"], "must be 'digits', 'cifar10' or a folder"),
-    (["--methods", "natural", "mixap"], "did you mean 'mixup'"),
-    (["--model", "resnet02"], "did you mean 'resnet20'"),
-    (["--eps", "8/0"], "a fraction such as 8/255"),
-    (["--eps", "nan"], "eps must lie in [0, 1]"),
-    (["--eps=-1"], "eps must lie in [0, 1]"),
-    (["--eps", "8"], "eps must lie in [0, 1]"),
-    (["--epochs", "0"], "epochs must be"),
-    (["--batch", "100000"], "batch must be at most"),
-    (["--seeds", "0", "0"], "all different"),
-    (["--seeds", "0", "3"], "folds of one shuffle"),
-    (["--device", "tpu"], "device must be"),
-    (["--subset", "0"], "per_class must lie in"),
-    (["--resume"], "--resume needs --out"),
-    (["--resume", "--out", "not/there"], "nothing to resume"),
-])
+@pytest.mark.parametrize(
+    "extra, says",
+    [
+        (["--data", "digit"], "did you mean 'digits'"),
+        (["--data", "nowhere/at/all"], "must be 'digits', 'cifar10' or a folder"),
+        (["--methods", "natural", "mixap"], "did you mean 'mixup'"),
+        (["--model", "resnet02"], "did you mean 'resnet20'"),
+        (["--eps", "8/0"], "a fraction such as 8/255"),
+        (["--eps", "nan"], "eps must lie in [0, 1]"),
+        (["--eps=-1"], "eps must lie in [0, 1]"),
+        (["--eps", "8"], "eps must lie in [0, 1]"),
+        (["--epochs", "0"], "epochs must be"),
+        (["--batch", "100000"], "batch must be at most"),
+        (["--seeds", "0", "0"], "all different"),
+        (["--seeds", "0", "3"], "folds of one shuffle"),
+        (["--device", "tpu"], "device must be"),
+        (["--subset", "0"], "per_class must lie in"),
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", "not/there"], "nothing to resume"),
+    ],
+)
 def test_bad_arguments_are_refused_at_once(capsys, tmp_path, monkeypatch, extra, says):
     monkeypatch.chdir(tmp_path)
     start = time.time()
@@ -103,14 +138,24 @@ def test_resume_with_another_configuration(capsys, tmp_path):
     out = tmp_path / "run"
     assert main([*QUICK, "--out", str(out)]) == 0
     capsys.readouterr()
-    refused(capsys, [*QUICK, "--eps", "0.2", "--out", out, "--resume"], "another configuration: cfg")
+    refused(
+        capsys, [*QUICK, "--eps", "0.2", "--out", out, "--resume"], "another configuration: cfg"
+    )
     before = (out / "at-0" / "record.json").read_bytes()
-    assert main([*QUICK, "--out", str(out), "--resume"]) == 0  # all is there: nothing is trained again
+    assert (
+        main([*QUICK, "--out", str(out), "--resume"]) == 0
+    )  # all is there: nothing is trained again
     assert (out / "at-0" / "record.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("text, says", [("{", "is not a record"), ("[]", "must be a comparison"),
-                                        ('{"schema": 99, "kind": "comparison"}', "schema 1, got (99")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "is not a record"),
+        ("[]", "must be a comparison"),
+        ('{"schema": 99, "kind": "comparison"}', "schema 1, got (99"),
+    ],
+)
 def test_show_refuses_what_is_not_a_record(capsys, tmp_path, text, says):
     (tmp_path / "record.json").write_text(text)
     refused(capsys, ["show", tmp_path], says)
@@ -126,7 +171,8 @@ def test_bad_folders(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(capsys, argv(tmp_path / "empty"), "empty")
     lonely = make_folder(tmp_path / "lonely", n=4)
-    for p in list((lonely / "dog").iterdir())[1:]: p.unlink()
+    for p in list((lonely / "dog").iterdir())[1:]:
+        p.unlink()
     refused(capsys, argv(lonely), "class 'dog'")
     broken = make_folder(tmp_path / "broken")
     (broken / "cat" / "3.png").write_bytes((broken / "cat" / "3.png").read_bytes()[:60])
@@ -138,7 +184,9 @@ def test_bad_folders(capsys, tmp_path):
 
 
 def test_no_space_left(capsys, tmp_path, monkeypatch):
-    def full(path, write): raise OSError(28, "No space left on device", str(path))
+    def full(path, write):
+        raise OSError(28, "No space left on device", str(path))
+
     monkeypatch.setattr("fairmix_nb.compare.write_aside", full)
     refused(capsys, [*QUICK, "--out", tmp_path / "run"], "No space left on device")
 
@@ -148,10 +196,15 @@ def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
     out = tmp_path / "run"
     code = "import sys; from fairmix_nb.compare import main; sys.exit(main())"
     argv = ["compare", "--methods", "at", "--seeds", "0", "--epochs", "500", "--out", str(out)]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell ignores SIGINT; a terminal does not
-    process = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    heard = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a background shell ignores SIGINT; a terminal does not
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     deadline = time.time() + 60
-    while not (out / "at-0" / "last.pt").exists() and time.time() < deadline: time.sleep(0.1)
+    while not (out / "at-0" / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     start = time.time()
     error = process.communicate(timeout=30)[1]
@@ -165,7 +218,10 @@ def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
 def test_notes_name_leaking_and_overfitting():
     from fairmix_nb.compare import Comparison
     from fairmix_nb.risk import pack_flags
-    record = json.loads((Path(__file__).parent.parent / "nbs" / "results" / "digits.json").read_text())
+
+    record = json.loads(
+        (Path(__file__).parent.parent / "nbs" / "results" / "digits.json").read_text()
+    )
     sound = " ".join(Comparison(record).notes())
     assert "carries the label" not in sound and "overfitted" not in sound
     for run in record["runs"]:
@@ -174,17 +230,29 @@ def test_notes_name_leaking_and_overfitting():
             run["attacks"]["fgsm"]["flags"] = pack_flags(np.zeros(n, bool))
             run["attacks"]["pgd-20"]["flags"] = pack_flags(np.ones(n, bool))
     found = " ".join(Comparison(record).notes())
-    assert found.count("at: clean") == 2 and "carries the label" in found and "overfitted to one step" in found
+    assert (
+        found.count("at: clean") == 2
+        and "carries the label" in found
+        and "overfitted to one step" in found
+    )
 
 
 def test_every_named_attack_is_open_to_a_comparison(tmp_path):
     names, cfg = ("clean", "fgsm", "pgd-3x2", "apgd-ce"), preset("digits", 1)[1]
-    found = compare("digits", ("at",), (0,), cfg=cfg, attacks=names, test_per_class=9, progress=False)
+    found = compare(
+        "digits", ("at",), (0,), cfg=cfg, attacks=names, test_per_class=9, progress=False
+    )
     levels = np.stack([found.flags("at", a)[0] for a in names])
-    assert levels.shape == (4, 1, 90) and (np.diff(levels.astype(int), axis=0) >= 0).all() and levels[-1].sum() > levels[0].sum()
+    assert (
+        levels.shape == (4, 1, 90)
+        and (np.diff(levels.astype(int), axis=0) >= 0).all()
+        and levels[-1].sum() > levels[0].sum()
+    )
     pets = make_folder(tmp_path / "pets")
     with pytest.raises(ValueError, match="'apgd-t' needs at least 4 classes, got 2: use 'apgd-ce'"):
-        compare(pets, ("at",), (0,), cfg=TrainCfg(batch=8), attacks=("clean", "apgd-t"), progress=False)
+        compare(
+            pets, ("at",), (0,), cfg=TrainCfg(batch=8), attacks=("clean", "apgd-t"), progress=False
+        )
 
 
 def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, capsys):
@@ -202,8 +270,18 @@ def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, capsys
 def test_audit_of_a_run_as_typed(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "audit"
     assert main([*QUICK, "--out", str(run)]) == 0
-    job = ["audit", str(run / "at-0"), "--attacks", "fgsm,pgd,apgd", "--test-subset", "9",
-           "--sweep", "0.5,1", "--out", str(out)]
+    job = [
+        "audit",
+        str(run / "at-0"),
+        "--attacks",
+        "fgsm,pgd,apgd",
+        "--test-subset",
+        "9",
+        "--sweep",
+        "0.5,1",
+        "--out",
+        str(out),
+    ]
     assert main(job) == 0
     printed = capsys.readouterr().out
     assert "90 images of 10 classes, eps 0.1" in printed and "verdict: " in printed

@@ -1,4 +1,5 @@
 "Malformed records, checkpoints, folders and command lines: a sentence, never a traceback; the input is never changed."
+
 import copy
 import hashlib
 import json
@@ -14,18 +15,44 @@ from fairmix_nb.data import load
 from fairmix_nb.train import CHECKPOINT, load_checkpoint, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
-JUNK = [None, True, -1, 0, 1e400, float("nan"), 2**80, "", "x", "\u2028", [], {}, [[]], [1, "a"], {"a": 1}]
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    1e400,
+    float("nan"),
+    2**80,
+    "",
+    "x",
+    "\u2028",
+    [],
+    {},
+    [[]],
+    [1, "a"],
+    {"a": 1},
+]
 ROUNDS = 60
 
 
 def digest(path):
-    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(path).rglob("*")) if p.is_file()}
+    return {
+        p: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(path).rglob("*"))
+        if p.is_file()
+    }
 
 
 def paths(tree, at=()):
     "Every place of a JSON tree."
     yield at
-    for key in tree if isinstance(tree, dict) else range(min(len(tree), 3)) if isinstance(tree, list) else ():
+    for key in (
+        tree
+        if isinstance(tree, dict)
+        else range(min(len(tree), 3))
+        if isinstance(tree, list)
+        else ()
+    ):
         yield from paths(tree[key], (*at, key))
 
 
@@ -36,7 +63,7 @@ def spoil(tree, rng):
     there = tree
     for key in at[:-1]:
         there = there[key]
-    if rng.random() < .3:
+    if rng.random() < 0.3:
         del there[at[-1]]
     else:
         there[at[-1]] = copy.deepcopy(rng.choice(JUNK))
@@ -48,7 +75,9 @@ def record():
     "Two methods, one seed, two attacks of the committed comparison."
     whole = json.loads((ROOT / "nbs" / "results" / "digits.json").read_text())
     whole["config"] |= dict(methods=["natural", "at"], seeds=[0])
-    whole["runs"] = [r for r in whole["runs"] if r["seed"] == 0 and r["method"] in ("natural", "at")]
+    whole["runs"] = [
+        r for r in whole["runs"] if r["seed"] == 0 and r["method"] in ("natural", "at")
+    ]
     return whole
 
 
@@ -62,7 +91,10 @@ def said(capsys):
 
 def test_the_untouched_record_is_shown(record, tmp_path, capsys):
     (tmp_path / "record.json").write_text(json.dumps(record))
-    assert main(["show", str(tmp_path / "record.json")]) == 0 and "pgd-20 risk" in capsys.readouterr().out
+    assert (
+        main(["show", str(tmp_path / "record.json")]) == 0
+        and "pgd-20 risk" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
@@ -78,14 +110,31 @@ def test_a_spoilt_record_is_shown_or_refused_in_a_sentence(record, tmp_path, cap
     assert digest(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"\x00" * 99, b'{"schema": 1}',
-                                     b'{"schema": 1, "kind": "comparison"}', b"[" * 100_000], ids=range(11))
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"3",
+        b'"x"',
+        b"\xff\xfe",
+        b"\x00" * 99,
+        b'{"schema": 1}',
+        b'{"schema": 1, "kind": "comparison"}',
+        b"[" * 100_000,
+    ],
+    ids=range(11),
+)
 def test_what_is_no_record_is_refused(tmp_path, capsys, content):
     path = tmp_path / "record.json"
     path.write_bytes(content)
     assert main(["show", str(path)]) == 2 and said(capsys)
     assert main(["show", str(tmp_path)]) == 2 and said(capsys)
-    assert main(["compare", "--resume", "--out", str(tmp_path), "--methods", "at", "--seeds", "0"]) == 2 and said(capsys)
+    assert main(
+        ["compare", "--resume", "--out", str(tmp_path), "--methods", "at", "--seeds", "0"]
+    ) == 2 and said(capsys)
     assert path.read_bytes() == content
 
 
@@ -114,14 +163,22 @@ def test_a_spoilt_checkpoint_is_refused(tmp_path, seed):
 def grow(top, rng):
     "A folder that may or may not be a data set."
     for c in range(rng.randrange(4)):
-        folder = top / rng.choice(["", "train", "test", "train"]) / rng.choice(["cat", "dog", "emu", ".hidden", "c d", "ü"])
+        folder = (
+            top
+            / rng.choice(["", "train", "test", "train"])
+            / rng.choice(["cat", "dog", "emu", ".hidden", "c d", "ü"])
+        )
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(rng.randrange(6)):
             path = folder / f"{i}{rng.choice(['.png', '.png', '.jpg', '.txt', '.PNG', '.tif'])}"
             what = rng.randrange(8)
             if what < 5:
-                mode = rng.choice(["RGB", "RGB", "L", "RGBA", "P", "1", "I;16"]) if what == 4 else "RGB"
-                size = (8, 8) if what < 4 or rng.random() < .5 else (rng.randrange(1, 20), 7)
+                mode = (
+                    rng.choice(["RGB", "RGB", "L", "RGBA", "P", "1", "I;16"])
+                    if what == 4
+                    else "RGB"
+                )
+                size = (8, 8) if what < 4 or rng.random() < 0.5 else (rng.randrange(1, 20), 7)
                 fit = ".png" if path.suffix in (".txt", ".tif", ".jpg") else path.suffix
                 Image.new(mode, size).save(path.with_suffix(fit))
             elif what == 5:
@@ -139,8 +196,20 @@ def test_any_folder_is_loaded_or_refused_in_a_sentence(tmp_path, monkeypatch, se
     top.mkdir()
     grow(top, rng)
     before = digest(top)
-    kw = rng.choice([{}, {}, dict(size=8), dict(size=(4, 6)), dict(per_class=1), dict(size=0), dict(size="big"), dict(per_class=2.5),
-                     dict(test_per_class=10**9), dict(seed=-1)])
+    kw = rng.choice(
+        [
+            {},
+            {},
+            dict(size=8),
+            dict(size=(4, 6)),
+            dict(per_class=1),
+            dict(size=0),
+            dict(size="big"),
+            dict(per_class=2.5),
+            dict(test_per_class=10**9),
+            dict(seed=-1),
+        ]
+    )
     try:
         found = load(top, progress=False, **kw)
         assert len(found.train) and len(found.val) and len(found.test)
@@ -149,14 +218,47 @@ def test_any_folder_is_loaded_or_refused_in_a_sentence(tmp_path, monkeypatch, se
     assert digest(top) == before
 
 
-WORDS = ["compare", "show", "audit", "--data", "--methods", "--seeds", "--eps", "--epochs", "--batch", "--model", "--subset", "--size", "--device",
-         "--out", "--resume", "digit", "natural", "at", "0", "-1", "1e9", "8/0", "", "\u0000", "nan", "..", "/", "--", "--help-me", "8/255", "x" * 5000]
+WORDS = [
+    "compare",
+    "show",
+    "audit",
+    "--data",
+    "--methods",
+    "--seeds",
+    "--eps",
+    "--epochs",
+    "--batch",
+    "--model",
+    "--subset",
+    "--size",
+    "--device",
+    "--out",
+    "--resume",
+    "digit",
+    "natural",
+    "at",
+    "0",
+    "-1",
+    "1e9",
+    "8/0",
+    "",
+    "\u0000",
+    "nan",
+    "..",
+    "/",
+    "--",
+    "--help-me",
+    "8/255",
+    "x" * 5000,
+]
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_any_command_line_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, seed):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fairmix_nb.compare.run_one", lambda *a, **k: pytest.skip("a command line that works"))
+    monkeypatch.setattr(
+        "fairmix_nb.compare.run_one", lambda *a, **k: pytest.skip("a command line that works")
+    )
     rng = random.Random(seed)
     argv = rng.choice([["compare"], ["show"], []]) + rng.choices(WORDS, k=rng.randrange(1, 7))
     try:

@@ -1,4 +1,5 @@
 "The rules of the house: what a reader of the tree may rely on."
+
 import ast
 import json
 import re
@@ -21,7 +22,9 @@ def source(cell):
 
 
 def module_of(path):
-    found = [m[1] for c in cells(path) if (m := re.search(r"^#\|\s*default_exp (\w+)", source(c), re.M))]
+    found = [
+        m[1] for c in cells(path) if (m := re.search(r"^#\|\s*default_exp (\w+)", source(c), re.M))
+    ]
     assert len(found) <= 1, f"{path.name} exports to {found}"
     return found[0] if found else None
 
@@ -40,7 +43,9 @@ def test_every_module_has_its_notebook():
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_only_from_lower_numbers(name):
     text = (ROOT / "fairmix_nb" / f"{name}.py").read_text()
-    used = set(re.findall(r"^\s*(?:from|import) (?:fairmix_nb)?\.(\w+)", text, re.M))  # nbdev makes them relative
+    used = set(
+        re.findall(r"^\s*(?:from|import) (?:fairmix_nb)?\.(\w+)", text, re.M)
+    )  # nbdev makes them relative
     assert name != "compare" or {"train", "audit"} <= used  # the pattern finds what it looks for
     higher = [u for u in used if MODULES[u] >= MODULES[name]]
     assert not higher, f"{MODULES[name]} imports {higher}"
@@ -58,7 +63,12 @@ for name in {sorted(MODULES)}: importlib.import_module('fairmix_nb.' + name)
 import torch
 assert not torch.cuda.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=dict(CUDA_VISIBLE_DEVICES="", PATH="/usr/bin:/bin"))
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        env=dict(CUDA_VISIBLE_DEVICES="", PATH="/usr/bin:/bin"),
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -70,25 +80,34 @@ def test_notebook_is_fit_to_read(path):
     assert outputs, "no stored output"
     for text in exported(path):
         for f in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)):
-            assert f.end_lineno - f.body[0].lineno < 45, f"{f.name} is {f.end_lineno - f.body[0].lineno + 1} lines long"
+            assert f.end_lineno - f.body[0].lineno < 45, (
+                f"{f.name} is {f.end_lineno - f.body[0].lineno + 1} lines long"
+            )
         assert not re.search(r"^from \S+ import \*", text, re.M), text[:200]
         assert max(map(len, text.splitlines())) <= 100, max(text.splitlines(), key=len)
         if "def main(" not in text:
             assert not re.search(r"^\s*print\(", text, re.M), text[:200]
     for cell in cells(path):
         for line in re.findall(r"^.*\bexpect_fail\(.*$", source(cell), re.M):
-            assert re.search(r"\bwith\b", line), f"expect_fail without `with` checks nothing: {line}"
-        assert not re.search(r"\b(TODO|FIXME|NotImplementedError|XXX)\b", source(cell)), source(cell)[:200]
+            assert re.search(r"\bwith\b", line), (
+                f"expect_fail without `with` checks nothing: {line}"
+            )
+        assert not re.search(r"\b(TODO|FIXME|NotImplementedError|XXX)\b", source(cell)), source(
+            cell
+        )[:200]
 
 
 def test_top_level_is_small():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode: pytest.skip("not a git checkout")
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
     names = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     assert len(names) <= 15, sorted(names)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "results").glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "nbs" / "results").glob("*.json")), ids=lambda p: p.stem
+)
 def test_records_are_readable_and_say_where_they_come_from(path):
     record = json.loads(path.read_text())
     assert path.stat().st_size <= 300_000
@@ -97,23 +116,32 @@ def test_records_are_readable_and_say_where_they_come_from(path):
     assert {"python", "numpy", "cpu", "threads", "commit"} <= set(origin), sorted(origin)
     if record["kind"] == "comparison":
         from fairmix_nb.compare import Comparison
+
         c = Comparison(record)
         for m in c.methods:
             for a in c.attacks:
                 wrong, y = c.flags(m, a, raw=True)
                 totals = [sum(r["attacks"][a]["wrong"]) for r in record["runs"] if r["method"] == m]
                 assert wrong.sum() == sum(totals), (m, a)
-        widest = max(map(len, str(c).split("\n\n")[1].splitlines() + str(c).split("\n\n")[2].splitlines()))
+        widest = max(
+            map(len, str(c).split("\n\n")[1].splitlines() + str(c).split("\n\n")[2].splitlines())
+        )
         assert widest <= 100, widest
 
 
 def test_readme_tells_the_errata_of_the_chapter():
-    table = lambda name: next(source(c) for c in cells(ROOT / "nbs" / name, "markdown") if source(c).startswith("| where | printed"))
+    table = lambda name: next(
+        source(c)
+        for c in cells(ROOT / "nbs" / name, "markdown")
+        if source(c).startswith("| where | printed")
+    )
     assert table("index.ipynb") == table("04_remarks.ipynb")
 
 
 def test_the_version_is_told_once():
     version = re.search(r"^version = (\S+)$", (ROOT / "settings.ini").read_text(), re.M)[1]
-    assert (ROOT / "fairmix_nb" / "__init__.py").read_text().startswith(f'__version__ = "{version}"\n')  # written by nbdev_export
+    assert (
+        (ROOT / "fairmix_nb" / "__init__.py").read_text().startswith(f'__version__ = "{version}"\n')
+    )  # written by nbdev_export
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {version}\n" in (ROOT / "docs" / "CHANGELOG.md").read_text()

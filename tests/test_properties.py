@@ -1,32 +1,41 @@
 "What must hold for any input of the public functions: shapes, ranges, symmetries, and an error instead of a NaN."
+
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fairmix_nb import attacks
-from fairmix_nb import data
-from fairmix_nb import gaussian
-from fairmix_nb import mixup
-from fairmix_nb import risk
-from fairmix_nb import tempering
-from fairmix_nb import theory
+from fairmix_nb import attacks, data, gaussian, mixup, risk, tempering, theory
 from fairmix_nb.gaussian import GaussianPair
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 real = lambda low, high: st.floats(low, high, allow_nan=False, width=64)
 gs, radii, priors = real(1e-3, 1), real(0, 2), real(0, 1)
 thresholds = st.one_of(real(-50, 50), st.sampled_from([-math.inf, math.inf]))
-pairs = st.builds(GaussianPair, real(-3, 3), real(-3, 3), real(.05, 20), real(.05, 20), st.integers(1, 50), priors)
-solvable = st.builds(lambda m, share, eps, *rest: (GaussianPair(share * m + eps, (1 - share) * m + eps, *rest), eps),
-                     real(.05, 4), real(-.5, 1.5), real(0, 1), real(.05, 20), real(.05, 20), st.integers(1, 50), priors)
-numbers = st.sampled_from([math.nan, math.inf, -math.inf, -1., 1.5])
+pairs = st.builds(
+    GaussianPair,
+    real(-3, 3),
+    real(-3, 3),
+    real(0.05, 20),
+    real(0.05, 20),
+    st.integers(1, 50),
+    priors,
+)
+solvable = st.builds(
+    lambda m, share, eps, *rest: (GaussianPair(share * m + eps, (1 - share) * m + eps, *rest), eps),
+    real(0.05, 4),
+    real(-0.5, 1.5),
+    real(0, 1),
+    real(0.05, 20),
+    real(0.05, 20),
+    st.integers(1, 50),
+    priors,
+)
+numbers = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 1.5])
 seeds = st.integers(0, 2**32 - 1)
 close = np.testing.assert_allclose
 
@@ -37,7 +46,13 @@ def mirrored(p):
 
 
 def scaled(p, by):
-    return replace(p, mu_pos=p.mu_pos * by, mu_neg=p.mu_neg * by, sigma_pos=p.sigma_pos * by, sigma_neg=p.sigma_neg * by)
+    return replace(
+        p,
+        mu_pos=p.mu_pos * by,
+        mu_neg=p.mu_neg * by,
+        sigma_pos=p.sigma_pos * by,
+        sigma_neg=p.sigma_neg * by,
+    )
 
 
 # --- gaussian, theory, tempering -----------------------------------------------------------
@@ -49,10 +64,14 @@ def test_class_risks_are_shares_that_know_no_names_and_no_units(p, t, g, eps):
     r = gaussian.class_risk(t, p, g, eps)
     assert r.shape == (2,) and ((0 <= r) & (r <= 1)).all()
     close(r, gaussian.class_risk(-t, mirrored(p), g, eps)[::-1], rtol=1e-12)
-    close(r, gaussian.class_risk(8 * t, scaled(p, 8.), g, 8 * eps), rtol=1e-12)  # a power of two rounds nothing
+    close(
+        r, gaussian.class_risk(8 * t, scaled(p, 8.0), g, 8 * eps), rtol=1e-12
+    )  # a power of two rounds nothing
     close(np.exp(gaussian.log_class_risk(t, p, g, eps)), r, rtol=1e-9, atol=1e-300)
-    assert (gaussian.class_risk(t, p, g, eps + .1) >= r).all()
-    assert min(r) <= gaussian.overall_risk(r, p.prior) * (1 + 1e-12) and gaussian.overall_risk(r, p.prior) <= max(r) * (1 + 1e-12)
+    assert (gaussian.class_risk(t, p, g, eps + 0.1) >= r).all()
+    assert min(r) <= gaussian.overall_risk(r, p.prior) * (1 + 1e-12) and gaussian.overall_risk(
+        r, p.prior
+    ) <= max(r) * (1 + 1e-12)
     assert gaussian.gap(r) == gaussian.gap(r[::-1]) <= 1
 
 
@@ -63,8 +82,17 @@ def test_linear_risk_permutes_scales_and_agrees_with_equal_weights(p, b, g, eps,
     r = gaussian.linear_risk(w, b, p, g, eps)
     close(r, gaussian.linear_risk(w[::-1], b, p, g, eps), rtol=1e-6, atol=1e-12)
     close(r, gaussian.linear_risk(4 * w, 4 * b, p, g, eps), rtol=1e-6, atol=1e-12)
-    close(gaussian.linear_risk(np.full(p.d, 2.), 2 * b, p, g, eps), gaussian.class_risk(b, p, g, eps), rtol=1e-6, atol=1e-12)
-    close(gaussian.linear_risk(-w, -b, p, g, 0.) + gaussian.linear_risk(w, b, p, g, 0.), 1, rtol=1e-12)
+    close(
+        gaussian.linear_risk(np.full(p.d, 2.0), 2 * b, p, g, eps),
+        gaussian.class_risk(b, p, g, eps),
+        rtol=1e-6,
+        atol=1e-12,
+    )
+    close(
+        gaussian.linear_risk(-w, -b, p, g, 0.0) + gaussian.linear_risk(w, b, p, g, 0.0),
+        1,
+        rtol=1e-12,
+    )
 
 
 @quick
@@ -83,22 +111,30 @@ def test_an_impossible_field_is_refused(name, value):
     assume(name[:2] != "mu" or not math.isfinite(value))
     assume(name not in ("sigma_pos", "sigma_neg") or value != 1.5)
     with pytest.raises(ValueError, match=f"{name} must .*got"):
-        GaussianPair(**dict(mu_pos=1., mu_neg=1., sigma_pos=1., sigma_neg=1., d=2, prior=.5) | {name: value})
+        GaussianPair(
+            **dict(mu_pos=1.0, mu_neg=1.0, sigma_pos=1.0, sigma_neg=1.0, d=2, prior=0.5)
+            | {name: value}
+        )
 
 
 @quick
 @given(pairs, numbers)
 def test_an_impossible_g_or_eps_is_refused_by_everything_that_takes_one(p, value):
-    p = replace(p, mu_pos=2., mu_neg=2.)
-    for f in (lambda g, e: gaussian.class_risk(0., p, g, e), lambda g, e: gaussian.z_scores(0., p, g, e),
-              lambda g, e: gaussian.log_class_risk(0., p, g, e), lambda g, e: theory.threshold(p, g, e),
-              lambda g, e: theory.optimal_risk(p, g, e), lambda g, e: tempering.price(p, g, e),
-              lambda g, e: gaussian.linear_risk(np.ones(p.d), 0., p, g, e)):
+    p = replace(p, mu_pos=2.0, mu_neg=2.0)
+    for f in (
+        lambda g, e: gaussian.class_risk(0.0, p, g, e),
+        lambda g, e: gaussian.z_scores(0.0, p, g, e),
+        lambda g, e: gaussian.log_class_risk(0.0, p, g, e),
+        lambda g, e: theory.threshold(p, g, e),
+        lambda g, e: theory.optimal_risk(p, g, e),
+        lambda g, e: tempering.price(p, g, e),
+        lambda g, e: gaussian.linear_risk(np.ones(p.d), 0.0, p, g, e),
+    ):
         with pytest.raises(ValueError, match="must .*got"):
-            f(value, 0.)
+            f(value, 0.0)
         if value != 1.5:
             with pytest.raises(ValueError, match="must .*got"):
-                f(1., value)
+                f(1.0, value)
     with pytest.raises(ValueError, match="must .*got"):
         tempering.tempered_prior(p, value)
 
@@ -111,12 +147,30 @@ def test_no_line_beats_the_threshold(problem, g, t):
     risk_at = lambda t: gaussian.overall_risk(gaussian.class_risk(t, p, g, eps), p.prior)
     best = theory.threshold(p, g, eps)
     assert not np.isnan(best) and np.shape(best) == ()
-    for other in (t, math.inf, -math.inf, *([best + 1e-3, best - 1e-3] if np.isfinite(best) else [])):
+    for other in (
+        t,
+        math.inf,
+        -math.inf,
+        *([best + 1e-3, best - 1e-3] if np.isfinite(best) else []),
+    ):
         assert risk_at(best) <= risk_at(other) * (1 + 1e-9) + 1e-300
-    swapped, grown = theory.threshold(mirrored(p), g, eps), theory.threshold(scaled(p, 4.), g, 4 * eps)
-    close(theory.optimal_risk(p, g, eps), theory.optimal_risk(scaled(p, 4.), g, 4 * eps), rtol=1e-6, atol=1e-9)
+    swapped, grown = (
+        theory.threshold(mirrored(p), g, eps),
+        theory.threshold(scaled(p, 4.0), g, 4 * eps),
+    )
+    close(
+        theory.optimal_risk(p, g, eps),
+        theory.optimal_risk(scaled(p, 4.0), g, 4 * eps),
+        rtol=1e-6,
+        atol=1e-9,
+    )
     if np.isfinite(best) and np.isfinite(swapped) and 1e-9 < p.prior < 1 - 1e-9:  # 1 - prior rounds
-        close([swapped, grown], [-best, 4 * best], rtol=1e-5, atol=1e-5 * (abs(best) + p.sigma_pos + p.sigma_neg))
+        close(
+            [swapped, grown],
+            [-best, 4 * best],
+            rtol=1e-5,
+            atol=1e-5 * (abs(best) + p.sigma_pos + p.sigma_neg),
+        )
 
 
 @quick
@@ -127,10 +181,15 @@ def test_tempering_moves_from_optimal_to_fair(problem, g, h):
     low, high = sorted((g, h))
     a = tempering.tempered_prior(p, g)
     assert 0 <= a <= 1
-    close(tempering.tempered_prior(p, 1.), p.prior, rtol=1e-9, atol=1e-15)
-    t, r = tempering.fairness_path(p, [low, high, 1., 0.], eps)
-    assert t.shape == (4,) and r.shape == (4, 2) and not np.isnan(t).any() and ((0 <= r) & (r <= 1)).all()
-    assert t[2] == theory.threshold(p, 1., eps)
+    close(tempering.tempered_prior(p, 1.0), p.prior, rtol=1e-9, atol=1e-15)
+    t, r = tempering.fairness_path(p, [low, high, 1.0, 0.0], eps)
+    assert (
+        t.shape == (4,)
+        and r.shape == (4, 2)
+        and not np.isnan(t).any()
+        and ((0 <= r) & (r <= 1)).all()
+    )
+    assert t[2] == theory.threshold(p, 1.0, eps)
     if np.isfinite(t[2]):
         gaps = gaussian.gap(r)
         assert gaps[0] <= gaps[1] + 1e-9 and gaps[1] <= gaps[2] + 1e-9 and gaps[3] < 1e-9
@@ -142,8 +201,10 @@ def test_tempering_moves_from_optimal_to_fair(problem, g, h):
 def test_a_fixed_law_is_its_number(problem, lam):
     p, eps = problem
     assume(p.mu_pos + p.mu_neg - 2 * eps > 0)
-    assert tempering.law_threshold(p, lam, eps) == theory.threshold(p, mixup.variance_factor(lam), eps)
-    t, plain = tempering.law_threshold(p, "uniform", eps), theory.threshold(p, 1., eps)
+    assert tempering.law_threshold(p, lam, eps) == theory.threshold(
+        p, mixup.variance_factor(lam), eps
+    )
+    t, plain = tempering.law_threshold(p, "uniform", eps), theory.threshold(p, 1.0, eps)
     assert not np.isnan(t)
     if np.isfinite(t) and np.isfinite(plain):
         at = lambda t: gaussian.gap(gaussian.class_risk(t, p, eps=eps))
@@ -160,14 +221,17 @@ generator = lambda seed: torch.Generator().manual_seed(seed)
 @given(st.one_of(real(0, 1), st.lists(real(0, 1), min_size=1, max_size=5).map(np.array)))
 def test_variance_factor_is_even_about_one_half(lam):
     g = mixup.variance_factor(lam)
-    assert np.shape(g) == np.shape(lam) and np.all((g >= .5 - 1e-15) & (g <= 1))
+    assert np.shape(g) == np.shape(lam) and np.all((g >= 0.5 - 1e-15) & (g <= 1))
     close(g, mixup.variance_factor(1 - lam), atol=1e-15)
 
 
 @quick
-@given(st.sampled_from([0., .3, 1., "uniform"]), st.integers(0, 20), st.integers(2, 5), seeds)
+@given(st.sampled_from([0.0, 0.3, 1.0, "uniform"]), st.integers(0, 20), st.integers(2, 5), seeds)
 def test_weights_are_convex_and_follow_the_generator(law, n, k, seed):
-    lam, w = mixup.sample_lam(law, (n,), generator(seed)), mixup.sample_weights(law, n, k, generator(seed))
+    lam, w = (
+        mixup.sample_lam(law, (n,), generator(seed)),
+        mixup.sample_weights(law, n, k, generator(seed)),
+    )
     assert lam.shape == (n,) and ((0 <= lam) & (lam <= 1)).all()
     assert w.shape == (n, k) and (w >= 0).all()
     torch.testing.assert_close(w.sum(1), torch.ones(n))
@@ -177,7 +241,10 @@ def test_weights_are_convex_and_follow_the_generator(law, n, k, seed):
 @quick
 @given(labels, st.integers(2, 4), seeds)
 def test_partners_are_of_the_class_and_somebody_else(y, k, seed):
-    partners, counts = mixup.same_class_partners(y, 4, k, generator(seed)), torch.bincount(y, minlength=4)
+    partners, counts = (
+        mixup.same_class_partners(y, 4, k, generator(seed)),
+        torch.bincount(y, minlength=4),
+    )
     assert partners.shape == (k - 1, len(y)) and torch.equal(y[partners], y.expand(k - 1, -1))
     others = counts[y] > 1
     assert (partners[:, others] != torch.arange(len(y))[others]).all()
@@ -189,7 +256,9 @@ def test_partners_are_of_the_class_and_somebody_else(y, k, seed):
         found = table.partners(torch.arange(len(y)), k, generator(seed))
         assert torch.equal(y[found], y.expand(k - 1, -1)) and (found != torch.arange(len(y))).all()
     anybody = mixup.any_partner(len(y), generator(seed))
-    assert sorted(anybody.tolist()) == list(range(len(y))) and (len(y) == 1 or (anybody != torch.arange(len(y))).all())
+    assert sorted(anybody.tolist()) == list(range(len(y))) and (
+        len(y) == 1 or (anybody != torch.arange(len(y))).all()
+    )
 
 
 @quick
@@ -200,22 +269,30 @@ def test_mixtures_stay_in_the_hull_and_permute_with_the_batch(y, seed, k):
     w = w / w.sum(1, keepdim=True)
     others = [x[p] for p in mixup.same_class_partners(y, 4, k, generator(seed))]
     z, turn = mixup.mix(x, others, w), torch.randperm(len(y), generator=generator(seed))
-    torch.testing.assert_close(mixup.mix(x[turn], [o[turn] for o in others], w[turn]), z[turn], rtol=0, atol=0)
+    torch.testing.assert_close(
+        mixup.mix(x[turn], [o[turn] for o in others], w[turn]), z[turn], rtol=0, atol=0
+    )
     hull = torch.stack([x, *others])
     assert (z <= hull.amax(0) + 1e-15).all() and (z >= hull.amin(0) - 1e-15).all()
     torch.testing.assert_close(z, sum(w[:, i, None] * v for i, v in enumerate(hull)))
-    torch.testing.assert_close(mixup.same_class_mixup(x, y, 1., 4, generator(seed)), x, rtol=0, atol=0)
+    torch.testing.assert_close(
+        mixup.same_class_mixup(x, y, 1.0, 4, generator(seed)), x, rtol=0, atol=0
+    )
 
 
 @quick
 @given(numbers, seeds)
 def test_impossible_weights_are_refused(value, seed):
     y, x = torch.tensor([0, 0, 1, 1]), torch.rand(4, 2)
-    for f in (lambda: mixup.variance_factor(value), lambda: mixup.sample_lam(value, (3,), generator(seed)),
-              lambda: mixup.same_class_mixup(x, y, value, 2, generator(seed)),
-              lambda: mixup.same_class_mixup(x, y, torch.full((4,), value), 2, generator(seed)),
-              lambda: mixup.sample_weights(value, 4, 2, generator(seed)), lambda: mixup.SameClassMixup(2, value),
-              lambda: mixup.variance_factor(weights=np.array([value, 1.]))):
+    for f in (
+        lambda: mixup.variance_factor(value),
+        lambda: mixup.sample_lam(value, (3,), generator(seed)),
+        lambda: mixup.same_class_mixup(x, y, value, 2, generator(seed)),
+        lambda: mixup.same_class_mixup(x, y, torch.full((4,), value), 2, generator(seed)),
+        lambda: mixup.sample_weights(value, 4, 2, generator(seed)),
+        lambda: mixup.SameClassMixup(2, value),
+        lambda: mixup.variance_factor(weights=np.array([value, 1.0])),
+    ):
         with pytest.raises(ValueError, match="must .*got"):
             f()
 
@@ -226,15 +303,22 @@ def test_impossible_weights_are_refused(value, seed):
 def network(seed, n_cls=3):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, n_cls)).double()
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, n_cls)
+        ).double()
 
 
 def images(seed, n=5):
     g = generator(seed)
-    return torch.rand(n, 3, 2, 2, generator=g, dtype=torch.float64), torch.randint(3, (n,), generator=g)
+    return torch.rand(n, 3, 2, 2, generator=g, dtype=torch.float64), torch.randint(
+        3, (n,), generator=g
+    )
 
 
-ways = [lambda m, x, y, e, **k: attacks.fgsm(m, x, y, e, **k), lambda m, x, y, e, **k: attacks.pgd(m, x, y, e, 3, random_start=False, **k)]
+ways = [
+    lambda m, x, y, e, **k: attacks.fgsm(m, x, y, e, **k),
+    lambda m, x, y, e, **k: attacks.pgd(m, x, y, e, 3, random_start=False, **k),
+]
 
 
 @quick
@@ -242,23 +326,33 @@ ways = [lambda m, x, y, e, **k: attacks.fgsm(m, x, y, e, **k), lambda m, x, y, e
 def test_attacks_stay_in_ball_and_box_and_permute_with_the_batch(seed, eps, attack, norm):
     model, (x, y) = network(seed % 7), images(seed)
     z, turn = attack(model, x, y, eps, norm=norm), torch.randperm(len(x), generator=generator(seed))
-    assert z.shape == x.shape and z.dtype == x.dtype and not z.requires_grad and 0 <= z.min() and z.max() <= 1
+    assert (
+        z.shape == x.shape
+        and z.dtype == x.dtype
+        and not z.requires_grad
+        and 0 <= z.min()
+        and z.max() <= 1
+    )
     size = (z - x).abs().amax((1, 2, 3)) if norm == "linf" else (z - x).flatten(1).norm(dim=1)
     assert (size <= eps + 1e-9).all()
-    torch.testing.assert_close(attack(model, x[turn], y[turn], eps, norm=norm), z[turn], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(attack(model, x, y, 0., norm=norm), x, rtol=0, atol=0)
+    torch.testing.assert_close(
+        attack(model, x[turn], y[turn], eps, norm=norm), z[turn], rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(attack(model, x, y, 0.0, norm=norm), x, rtol=0, atol=0)
     whole = attack(model, x, y, torch.full((len(x), 1, 1, 1), eps, dtype=x.dtype), norm=norm)
     torch.testing.assert_close(whole, z, rtol=1e-9, atol=1e-9)
 
 
 @quick
-@given(seeds, real(0, .5), st.integers(1, 3))
+@given(seeds, real(0, 0.5), st.integers(1, 3))
 def test_more_starts_are_never_worse_and_never_better_than_clean(seed, eps, restarts):
     model, (x, y) = network(seed % 7), images(seed)
     loss = lambda z: attacks.cross_entropy(model(z), y)
     run = lambda r: loss(attacks.pgd(model, x, y, eps, 2, restarts=r, generator=generator(seed)))
     with torch.no_grad():
-        assert (run(restarts) >= loss(x)).all() and (run(restarts + 1) >= run(restarts) - 1e-12).all()
+        assert (run(restarts) >= loss(x)).all() and (
+            run(restarts + 1) >= run(restarts) - 1e-12
+        ).all()
 
 
 @quick
@@ -271,11 +365,11 @@ def test_an_impossible_radius_or_pixel_is_refused(value, attack, norm):
     bad = x.clone()
     bad[1, 0, 0, 0] = value
     with pytest.raises(ValueError, match="x must .*got"):
-        attack(model, bad, y, .1, norm=norm)
+        attack(model, bad, y, 0.1, norm=norm)
 
 
 @quick
-@given(st.lists(real(.01, 5), min_size=1, max_size=4).map(tuple), real(0, 1))
+@given(st.lists(real(0.01, 5), min_size=1, max_size=4).map(tuple), real(0, 1))
 def test_units_go_there_and_back(std, eps):
     there = attacks.in_pixels(eps, std)
     assert there.shape == (1, len(std), 1, 1)
@@ -284,8 +378,12 @@ def test_units_go_there_and_back(std, eps):
 
 # --- risk ----------------------------------------------------------------------------------
 
-flags = st.integers(1, 40).flatmap(lambda n: st.tuples(
-    st.lists(st.booleans(), min_size=n, max_size=n).map(np.array), st.lists(st.integers(0, 3), min_size=n, max_size=n).map(np.array)))
+flags = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.booleans(), min_size=n, max_size=n).map(np.array),
+        st.lists(st.integers(0, 3), min_size=n, max_size=n).map(np.array),
+    )
+)
 risks = st.lists(real(0, 1), min_size=1, max_size=8).map(np.array)
 
 
@@ -293,12 +391,17 @@ risks = st.lists(real(0, 1), min_size=1, max_size=8).map(np.array)
 @given(flags, seeds)
 def test_class_risks_do_not_depend_on_the_order_of_the_images(case, seed):
     wrong, y = case
-    turn, names = np.random.default_rng(seed).permutation(len(y)), np.random.default_rng(seed).permutation(4)
+    turn, names = (
+        np.random.default_rng(seed).permutation(len(y)),
+        np.random.default_rng(seed).permutation(4),
+    )
     r = risk.classwise_risk(wrong, y, 4)
     np.testing.assert_array_equal(r, risk.classwise_risk(wrong[turn], y[turn], 4))
     np.testing.assert_array_equal(r, risk.classwise_risk(wrong, names[y], 4)[names])
     k, n = risk.class_counts(wrong, y, 4)
-    assert k.sum() == wrong.sum() and n.sum() == len(y) and np.isnan(r).tolist() == (n == 0).tolist()
+    assert (
+        k.sum() == wrong.sum() and n.sum() == len(y) and np.isnan(r).tolist() == (n == 0).tolist()
+    )
     low, high = risk.worst_interval(k, n)
     assert 0 <= low <= np.nanmax(r) <= high <= 1
     np.testing.assert_array_equal(risk.unpack_flags(risk.pack_flags(wrong), len(wrong)), wrong)
@@ -310,19 +413,34 @@ def test_class_risks_do_not_depend_on_the_order_of_the_images(case, seed):
 def test_summaries_do_not_depend_on_the_order_of_the_classes(r, k, seed):
     turned = np.random.default_rng(seed).permutation(r)
     s = risk.summary(r)
-    assert 0 <= s["min"] <= s["avg"] + 1e-15 and s["avg"] <= s["max"] + 1e-15 and s["max"] <= 1 and 0 <= s["std"] <= .5 + 1e-12
-    for f in (risk.worst_class, risk.risk_range, risk.gini, risk.nsd, lambda r: risk.cvar(r, min(k, len(r)))):
+    assert (
+        0 <= s["min"] <= s["avg"] + 1e-15
+        and s["avg"] <= s["max"] + 1e-15
+        and s["max"] <= 1
+        and 0 <= s["std"] <= 0.5 + 1e-12
+    )
+    for f in (
+        risk.worst_class,
+        risk.risk_range,
+        risk.gini,
+        risk.nsd,
+        lambda r: risk.cvar(r, min(k, len(r))),
+    ):
         close(f(r), f(turned), rtol=1e-9, atol=1e-12)
     assert 0 <= risk.gini(r) + 1e-12 and risk.gini(r) < 1 and risk.worst_class(r) == s["max"]
     close(risk.gini(r / 2), risk.gini(r), atol=1e-9)
     tails = [risk.cvar(r, j) for j in range(1, len(r) + 1)]
-    assert all(a >= b - 1e-12 for a, b in zip(tails, tails[1:])) and tails[0] == s["max"] and math.isclose(tails[-1], s["avg"], abs_tol=1e-12)
+    assert (
+        all(a >= b - 1e-12 for a, b in zip(tails, tails[1:]))
+        and tails[0] == s["max"]
+        and math.isclose(tails[-1], s["avg"], abs_tol=1e-12)
+    )
     if r.max() < 1:
         close(risk.rho(r, r), 0, atol=1e-12)
 
 
 @quick
-@given(st.integers(0, 60), st.integers(0, 60), real(.01, .99))
+@given(st.integers(0, 60), st.integers(0, 60), real(0.01, 0.99))
 def test_exact_intervals_hold_the_estimate_and_widen_with_confidence(k, n, level):
     k = min(k, n)
     low, high = risk.exact_interval(k, n, level)
@@ -350,12 +468,27 @@ def test_differences_change_sign_with_the_order_of_the_methods(case, seed):
 @quick
 @given(numbers.filter(lambda v: v != 1.5))
 def test_impossible_risks_are_refused(value):
-    for f in (risk.summary, risk.worst_class, risk.gini, risk.nsd, risk.risk_range, lambda r: risk.cvar(r, 1), lambda r: risk.rho(r, r)):
+    for f in (
+        risk.summary,
+        risk.worst_class,
+        risk.gini,
+        risk.nsd,
+        risk.risk_range,
+        lambda r: risk.cvar(r, 1),
+        lambda r: risk.rho(r, r),
+    ):
         with pytest.raises(ValueError, match="must .*got"):
             f([value])
-    for f in (lambda: risk.exact_interval(value, 10), lambda: risk.exact_interval(1, value), lambda: risk.exact_interval(1, 10, value),
-              lambda: risk.worst_interval([value], [10]), lambda: risk.worst_interval([1], [10], value), lambda: risk.images_needed(value),
-              lambda: risk.images_needed(.1, value), lambda: risk.classwise_risk([value], [0], 1)):
+    for f in (
+        lambda: risk.exact_interval(value, 10),
+        lambda: risk.exact_interval(1, value),
+        lambda: risk.exact_interval(1, 10, value),
+        lambda: risk.worst_interval([value], [10]),
+        lambda: risk.worst_interval([1], [10], value),
+        lambda: risk.images_needed(value),
+        lambda: risk.images_needed(0.1, value),
+        lambda: risk.classwise_risk([value], [0], 1),
+    ):
         with pytest.raises(ValueError, match="must .*got"):
             f()
 
@@ -389,12 +522,22 @@ def test_batches_cut_one_permutation(n, size, drop_last, seed):
 
 
 @quick
-@given(seeds, st.integers(1, 5), st.integers(1, 3), st.integers(2, 6), st.sampled_from([torch.uint8, torch.float32]))
+@given(
+    seeds,
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(2, 6),
+    st.sampled_from([torch.uint8, torch.float32]),
+)
 def test_augmentation_keeps_shape_type_and_values(seed, n, c, side, dtype):
     x = torch.randint(256, (n, c, side, side + 1), generator=generator(seed)).to(dtype)
     for how in data.AUGMENT:
         z = data.augment(x, how, generator(seed))
-        assert z.shape == x.shape and z.dtype == dtype and torch.equal(z, data.augment(x, how, generator(seed)))
+        assert (
+            z.shape == x.shape
+            and z.dtype == dtype
+            and torch.equal(z, data.augment(x, how, generator(seed)))
+        )
         for a, b in zip(x.flatten(0, 1), z.flatten(0, 1)):
             assert set(b.flatten().tolist()) <= set(a.flatten().tolist())
     assert torch.equal(data.random_crop(x, 0, generator(seed)), x)
@@ -408,6 +551,17 @@ def test_a_digest_changes_with_anything(seed, what):
     g = generator(seed)
     x, y = torch.randint(256, (4, 1, 2, 2), generator=g).to(torch.uint8), torch.tensor([0, 1, 0, 1])
     images = data.ImageSet(x, y, ("a", "b"))
-    changed = [replace(images, x=x ^ 1), replace(images, y=1 - y), replace(images, classes=("a", "c"))][what]
-    assert images.digest() != changed.digest() and images.digest() == replace(images, x=x.clone()).digest()
-    assert images.floats().min() >= 0 and images.floats().max() <= 1 and images.subset(slice(1, 3)).counts() == [1, 1]
+    changed = [
+        replace(images, x=x ^ 1),
+        replace(images, y=1 - y),
+        replace(images, classes=("a", "c")),
+    ][what]
+    assert (
+        images.digest() != changed.digest()
+        and images.digest() == replace(images, x=x.clone()).digest()
+    )
+    assert (
+        images.floats().min() >= 0
+        and images.floats().max() <= 1
+        and images.subset(slice(1, 3)).counts() == [1, 1]
+    )

@@ -1,4 +1,5 @@
 "The records behind chapter 14 say all that is needed to trust a number, and their flags are their counts."
+
 import importlib.util
 import json
 import math
@@ -13,7 +14,19 @@ from fairmix_nb.risk import unpack_flags
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs" / "results"
 RUNS = sorted((RESULTS / "cifar10").glob("*.json"))
-ORIGIN = {"python", "torch", "torchvision", "numpy", "fairmix_nb", "cpu", "cores", "gpu", "threads", "commit", "dirty"}
+ORIGIN = {
+    "python",
+    "torch",
+    "torchvision",
+    "numpy",
+    "fairmix_nb",
+    "cpu",
+    "cores",
+    "gpu",
+    "threads",
+    "commit",
+    "dirty",
+}
 SCRIPT = ROOT / "tools" / "cifar_runs.py"
 
 
@@ -34,7 +47,9 @@ def check_attacks(attacks, n_cls=10, cumulative=True):
     last = None
     for name, a in attacks.items():
         n, wrong = np.array(a["n"]), np.array(a["wrong"])
-        assert n.shape == wrong.shape == (n_cls,) and (0 <= wrong).all() and (wrong <= n).all(), name
+        assert n.shape == wrong.shape == (n_cls,) and (0 <= wrong).all() and (wrong <= n).all(), (
+            name
+        )
         flags, y = unpack_flags(a["flags"], int(n.sum())), np.repeat(np.arange(n_cls), n)
         assert np.bincount(y[flags], minlength=n_cls).tolist() == wrong.tolist(), name
         if cumulative and not a["raw"]:
@@ -47,7 +62,9 @@ def test_a_run_is_complete(path, script):
     r = json.loads(path.read_text())
     assert path.stat().st_size <= 40_000 and "/tmp" not in path.read_text()
     assert (r["schema"], r["kind"], r["name"]) == (1, "cifar10 run", path.stem)
-    assert r["data"]["name"] == "cifar10" and r["data"]["sizes"] == dict(train=49_000, val=1000, test=10_000)
+    assert r["data"]["name"] == "cifar10" and r["data"]["sizes"] == dict(
+        train=49_000, val=1000, test=10_000
+    )
     assert ORIGIN <= set(r["provenance"])
     assert r["provenance"]["commit"] and r["provenance"]["dirty"] is False
     assert r["seconds"] > 0 and r["gradient_evaluations"] > 0
@@ -95,7 +112,9 @@ def test_a_broken_record_is_caught():
     with pytest.raises(AssertionError):
         check_attacks(dict(clean=dict(a, wrong=[0, 1] + [0] * 8)))
     with pytest.raises(AssertionError):
-        check_attacks(dict(pgd=dict(a, raw=False), apgd=dict(a, wrong=[0] * 10, flags="AAAAAAA=", raw=False)))
+        check_attacks(
+            dict(pgd=dict(a, raw=False), apgd=dict(a, wrong=[0] * 10, flags="AAAAAAA=", raw=False))
+        )
 
 
 def test_the_grid_names_each_run_once(script):
@@ -108,6 +127,7 @@ def test_the_alignment_is_a_cosine_of_gradients(script):
     "A linear model has one gradient direction a class pair: cosine 1; a parity-like one has not."
     import torch
     from torch import nn
+
     generator = lambda: torch.Generator().manual_seed(0)
     x, y = torch.rand(64, 3, 4, 4, generator=generator()), torch.arange(64) % 2
     linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))

@@ -1,4 +1,5 @@
 "One run in several processes: the same gradients as in one, the same weights in all, and no waiting for the dead."
+
 import json
 import os
 import signal
@@ -18,7 +19,16 @@ from fairmix_nb.models import build
 from fairmix_nb.train import TrainCfg, fit, fit_ranks, launch, process_group
 
 ROOT = Path(__file__).parent.parent
-TINY = TrainCfg(pipeline=("attack", "mix"), attack="pgd", steps=2, eps=0.1, epochs=3, batch=64, lr=3e-3, augment="crop_flip")
+TINY = TrainCfg(
+    pipeline=("attack", "mix"),
+    attack="pgd",
+    steps=2,
+    eps=0.1,
+    epochs=3,
+    batch=64,
+    lr=3e-3,
+    augment="crop_flip",
+)
 STEP = TrainCfg(pipeline=(), eps=0.1, epochs=1, batch=50, lr=0.1, optimizer="sgd", bn_attack="eval")
 WEIGHTS = tuple(1.0 + 0.3 * i for i in range(10))
 SAME_AS_ONE = {  # images, configuration; 50 a step: the last steps have 1 image (an empty slice) or 49
@@ -26,13 +36,18 @@ SAME_AS_ONE = {  # images, configuration; 50 a step: the last steps have 1 image
     "fgsm": (99, replace(STEP, pipeline=("attack",))),
     "class weights": (99, replace(STEP, class_weights=WEIGHTS)),
 }
-SAME_IN_BOTH = {"whole": (TINY, {}), "shard": (replace(TINY, epochs=1), dict(shard=True)),
-                "set": (replace(TINY, epochs=1, partner="set"), {})}
+SAME_IN_BOTH = {
+    "whole": (TINY, {}),
+    "shard": (replace(TINY, epochs=1), dict(shard=True)),
+    "set": (replace(TINY, epochs=1, partner="set"), {}),
+}
 
 
 @pytest.fixture(autouse=True)
 def nothing_waits_forever():
-    def late(*_): raise TimeoutError("four minutes")
+    def late(*_):
+        raise TimeoutError("four minutes")
+
     signal.signal(signal.SIGALRM, late)
     signal.alarm(240)
     yield
@@ -41,7 +56,9 @@ def nothing_waits_forever():
 
 def with_bn(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+    )
 
 
 def digits(n=None):
@@ -60,11 +77,18 @@ def many_runs(folder):
         for name, (n, cfg) in SAME_AS_ONE.items():
             found[name] = weights(fit_ranks(build("small_cnn", 10, 1, 0), digits(n), cfg, **quiet))
         for name, (cfg, kw) in SAME_IN_BOTH.items():
-            found[name] = weights(fit_ranks(with_bn(), digits(), cfg, out=f"{folder}/{name}", **kw, **quiet))
+            found[name] = weights(
+                fit_ranks(with_bn(), digits(), cfg, out=f"{folder}/{name}", **kw, **quiet)
+            )
         refused = {}
-        for name, cfg, kw in [("batch", replace(TINY, batch=63), {}), ("sync_bn", TINY, dict(sync_bn=True)), ("compile", TINY, dict(compile=True)),
-                              ("resumed", TINY, dict(out=f"{folder}/whole", resume=True, shard=True))]:
-            with pytest.raises(ValueError) as e: fit_ranks(with_bn(), digits(), cfg, **kw, **quiet)
+        for name, cfg, kw in [
+            ("batch", replace(TINY, batch=63), {}),
+            ("sync_bn", TINY, dict(sync_bn=True)),
+            ("compile", TINY, dict(compile=True)),
+            ("resumed", TINY, dict(out=f"{folder}/whole", resume=True, shard=True)),
+        ]:
+            with pytest.raises(ValueError) as e:
+                fit_ranks(with_bn(), digits(), cfg, **kw, **quiet)
             refused[name] = str(e.value)
     return found, refused
 
@@ -81,11 +105,21 @@ def test_steps_of_two_processes_are_the_steps_of_one(two, name):
     start = build("small_cnn", 10, 1, 0)
     first = [v.clone() for v in start.state_dict().values()]
     one = weights(fit(start, digits(n), cfg, device="cpu", progress=False))
-    far = weights(fit(build("small_cnn", 10, 1, 0), digits(n), replace(cfg, batch=25), device="cpu", progress=False))
+    far = weights(
+        fit(
+            build("small_cnn", 10, 1, 0),
+            digits(n),
+            replace(cfg, batch=25),
+            device="cpu",
+            progress=False,
+        )
+    )
     for a, b, w0, other in zip(two[0][0][0][name], one, first, far):
         moved = (b - w0).abs().max()
         assert (a - b).abs().max() <= 1e-4 * moved, (a - b).abs().max() / moved
-        assert (other - b).abs().max() > 1e-2 * moved  # half the batch is another run: the tolerance can fail
+        assert (
+            other - b
+        ).abs().max() > 1e-2 * moved  # half the batch is another run: the tolerance can fail
 
 
 @pytest.mark.parametrize("name", SAME_IN_BOTH)
@@ -124,15 +158,32 @@ def dies_in_the_middle(out, **kw):
         return real(*args)
 
     train.step_loss = counted
-    return weights(fit_ranks(with_bn(), digits(), TINY, out=out, device="cpu", progress=False, timeout=60, **kw))
+    return weights(
+        fit_ranks(
+            with_bn(), digits(), TINY, out=out, device="cpu", progress=False, timeout=60, **kw
+        )
+    )
 
 
 def goes_on(out):
-    return weights(fit_ranks(with_bn(9), digits(), TINY, out=out, resume=True, device="cpu", progress=False, timeout=60))
+    return weights(
+        fit_ranks(
+            with_bn(9),
+            digits(),
+            TINY,
+            out=out,
+            resume=True,
+            device="cpu",
+            progress=False,
+            timeout=60,
+        )
+    )
 
 
 def killed(folder):
-    with pytest.raises(RuntimeError, match="process 1 of 2 was killed by SIGKILL.*go on with resume"):
+    with pytest.raises(
+        RuntimeError, match="process 1 of 2 was killed by SIGKILL.*go on with resume"
+    ):
         launch(dies_in_the_middle, folder / "run")
     return time.time() - float((folder / "died").read_text())
 
@@ -152,13 +203,44 @@ def test_after_a_kill_the_run_goes_on_as_if_nothing_had_happened(two, tmp_path):
 
 
 def torchrun(*argv, **kw):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fairmix_nb.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fairmix_nb.train",
+    ]
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    return subprocess.Popen([*command, *map(str, argv)], env=env, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+    return subprocess.Popen(
+        [*command, *map(str, argv)],
+        env=env,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **kw,
+    )
 
 
-QUICK = ["--model", "small_cnn", "--pipeline", "attack,mix", "--eps", "0.1", "--batch", "64", "--lr", "3e-3", "--device", "cpu", "--timeout", "60"]
+QUICK = [
+    "--model",
+    "small_cnn",
+    "--pipeline",
+    "attack,mix",
+    "--eps",
+    "0.1",
+    "--batch",
+    "64",
+    "--lr",
+    "3e-3",
+    "--device",
+    "cpu",
+    "--timeout",
+    "60",
+]
 
 
 @pytest.mark.slow
@@ -170,7 +252,8 @@ def test_torchrun_trains_is_killed_and_goes_on(tmp_path):
     assert said.count("checkpoint, record and curves") == 1
     run = torchrun(*QUICK, "--epochs", "40", "--out", out["cut"])
     deadline = time.time() + 120
-    while not (out["cut"] / "last.pt").exists() and time.time() < deadline: time.sleep(0.02)
+    while not (out["cut"] / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     start = time.time()
@@ -183,7 +266,10 @@ def test_torchrun_trains_is_killed_and_goes_on(tmp_path):
     a, b = (torch.load(p / "last.pt", weights_only=True)["model"] for p in out.values())
     assert all(torch.equal(v, w) for v, w in zip(a.values(), b.values()))
     refused = torchrun(*QUICK, "--epochs", "41", "--out", out["cut"], "--resume")
-    assert "another configuration: epochs (40 then, 41 now)" in refused.communicate(timeout=120)[0] and refused.returncode
+    assert (
+        "another configuration: epochs (40 then, 41 now)" in refused.communicate(timeout=120)[0]
+        and refused.returncode
+    )
 
 
 @pytest.mark.slow
@@ -192,6 +278,7 @@ def test_a_grid_that_loses_a_node_is_the_grid_of_one_machine():
     signal.alarm(600)
     sys.path.insert(0, str(ROOT / "tools"))
     import scaling
+
     record = scaling.ray_grid(epochs=20, seeds=(0, 1))
     assert not ray.is_initialized() and record["alive_at_the_end"] == 1
     assert len(set(record["runs"])) == len(record["runs"]) == 6

@@ -1,4 +1,5 @@
 "The benchmark measures what it says, and its records hold what the chapter claims"
+
 import ast
 import json
 import os
@@ -38,14 +39,22 @@ def net(seed=0, name="small_cnn"):
 
 class Keep:
     "An optimizer that changes nothing, so that the gradients of a step can be read."
-    def __init__(self, model): self.model = model
-    def zero_grad(self): self.model.zero_grad(set_to_none=True)
-    def step(self): pass
+
+    def __init__(self, model):
+        self.model = model
+
+    def zero_grad(self):
+        self.model.zero_grad(set_to_none=True)
+
+    def step(self):
+        pass
 
 
 class Double(nn.Sequential):
     "Computes in float64, so that rounding turns no sign of a small gradient."
-    def forward(self, x): return super().forward(x.double())
+
+    def forward(self, x):
+        return super().forward(x.double())
 
 
 def grads(model):
@@ -64,13 +73,16 @@ def by_hand(model, adv, y):
 
 # ---- every candidate does the same work
 
+
 @pytest.mark.parametrize("name", ["small_cnn", "resnet20"])
 def test_one_step_gradients_of_the_faster_rewrites_equal_the_naive_ones(name, batch):
     images, x, y = batch
     naive, faster, ours = (Double(net(0, name).double()) for _ in range(3))
     loss = bench.naive_step(naive, Keep(naive), x, y, EPS)
     last = faster.to(memory_format=torch.channels_last)
-    other = bench.image_gradient_step(last, Keep(last), x.contiguous(memory_format=torch.channels_last), y, EPS)
+    other = bench.image_gradient_step(
+        last, Keep(last), x.contiguous(memory_format=torch.channels_last), y, EPS
+    )
     cfg = TrainCfg(batch=20, eps=EPS)
     adv, labels, spent = training_batch(ours, images, torch.arange(20), cfg, make_streams(0))
     F.cross_entropy(ours(adv), labels).backward()
@@ -92,7 +104,7 @@ def test_the_loop_in_the_manner_of_fast_adversarial_is_algorithm_3(batch):
     start = torch.empty_like(x).uniform_(-EPS, EPS)
     start = (x + start).clamp(0, 1) - x
     point = (x + start).requires_grad_()
-    g, = torch.autograd.grad(F.cross_entropy(reference(point), y), point)
+    (g,) = torch.autograd.grad(F.cross_entropy(reference(point), y), point)
     delta = (start + 1.25 * EPS * g.sign()).clamp(-EPS, EPS)
     adv = (x + delta).clamp(0, 1)
     assert (adv - x).abs().max() <= EPS + 1e-6 and adv.min() >= 0 and adv.max() <= 1
@@ -113,7 +125,9 @@ def test_running_statistics_move_once_a_forward_pass_of_each_step(batch):
         model = net(0, "resnet20")
         state = bench.State(model, bench.make_optimizer(model, cfg), make_streams(0), net=model)
         bench.run_epoch(state, bench.make_job(images, cfg))
-        moved[mode] = {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+        moved[mode] = {
+            int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+        }
     assert moved == dict(train={4}, train_frozen={2}, eval={2})  # two steps
 
 
@@ -139,11 +153,15 @@ def test_dropping_what_is_broken_changes_the_cost_only(batch):
 
 # ---- every candidate draws what it should
 
+
 def test_the_slow_partners_are_partners_too():
     y = torch.arange(60) % 3
     table, g = ClassTable(y, 3), torch.Generator().manual_seed(0)
-    for draw in (lambda: bench.per_class_partner(y, bench.members(y, 3)), lambda: bench.per_sample_partner(y),
-                 lambda: table.partner(torch.arange(60), g)):
+    for draw in (
+        lambda: bench.per_class_partner(y, bench.members(y, 3)),
+        lambda: bench.per_sample_partner(y),
+        lambda: table.partner(torch.arange(60), g),
+    ):
         j = draw()
         assert (y[j] == y).all()
     assert (bench.per_sample_partner(y) != torch.arange(60)).all()
@@ -153,7 +171,11 @@ def test_loader_and_resident_set_give_the_same_images():
     images = bench.images_of(50)
     x, y = bench.consume(bench.loader(images, 0, 50))
     ours, labels = bench.consume(bench.resident(images, torch.Generator().manual_seed(0), 50))
-    assert x.shape == ours.shape and x.dtype == ours.dtype and sorted(y.tolist()) == sorted(labels.tolist())
+    assert (
+        x.shape == ours.shape
+        and x.dtype == ours.dtype
+        and sorted(y.tolist()) == sorted(labels.tolist())
+    )
     data = bench.Photos(images)
     data.transform = bench.transforms.ToTensor()
     assert torch.equal(torch.stack([data[i][0] for i in range(50)]), images.floats())
@@ -161,24 +183,32 @@ def test_loader_and_resident_set_give_the_same_images():
 
 # ---- the instruments
 
+
 def test_ratios_are_formed_round_by_round():
-    seconds = dict(slow=[2., 30., 4.], fast=[1., 10., 4.])
+    seconds = dict(slow=[2.0, 30.0, 4.0], fast=[1.0, 10.0, 4.0])
     r = bench.ratio(seconds, "slow", "fast", 1.5)
     assert (r["median"], r["min"], r["max"], r["hold"]) == (2, 1, 3, 1.5)
     order, jobs = [], {}
     for name in "abc":
         jobs[name] = lambda name=name: order.append(name)
     found = bench.interleave(jobs, 3)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" and all(len(s) == 3 for s in found.values())
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" and all(
+        len(s) == 3 for s in found.values()
+    )
 
 
 def test_counter_and_peak_know_a_product_of_matrices():
     a, b = torch.rand(64, 32), torch.rand(32, 16)
     low = bench.floors(lambda: a @ b, 1e9, 1e9)
-    assert low["flops"] == 2 * 64 * 32 * 16 and low["bytes_fused"] == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert low["flops"] == 2 * 64 * 32 * 16 and low["bytes_fused"] == 4 * (
+        64 * 32 + 32 * 16 + 64 * 16
+    )
     assert low["fused"] == max(low["flops"], low["bytes_fused"]) / 1e9 <= low["each_operator"]
     assert abs(bench.peak_bytes(lambda: torch.zeros(1000, 1000) + 1) - 8_000_000) < 1000
-    assert abs(bench.peak_bytes(lambda: [torch.zeros(1000, 1000).sum() for _ in range(3)]) - 4_000_000) < 1000
+    assert (
+        abs(bench.peak_bytes(lambda: [torch.zeros(1000, 1000).sum() for _ in range(3)]) - 4_000_000)
+        < 1000
+    )
 
 
 def test_resnet20_costs_what_the_records_assume():
@@ -189,9 +219,11 @@ def test_resnet20_costs_what_the_records_assume():
 
 # ---- the records
 
+
 def block(record, name):
     path = RESULTS / f"speed_{record}.json"
-    if not path.exists(): pytest.skip(f"no {path.name}")
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
     return json.loads(path.read_text())["blocks"][name]
 
 
@@ -217,28 +249,46 @@ def test_cost_is_linear_in_the_record():
     found = block("cpu", "scaling")
     for axis, at in found["config"]["axes"].items():
         for what in ("seconds", "peak_bytes"):
-            v = [statistics.median(s) if what == "seconds" else s
-                 for s in (found[what][f"{axis} {a}"] for a in at)]
+            v = [
+                statistics.median(s) if what == "seconds" else s
+                for s in (found[what][f"{axis} {a}"] for a in at)
+            ]
             assert len(at) >= 3 and all(u > 0 for u in v)
             slope, start = statistics.linear_regression(at, v)
             off = max(abs(start + slope * a - u) for a, u in zip(at, v)) / max(v)
-            assert off < (0.15 if what == "seconds" else 0.07), (axis, what, off)  # a pair saves one copy
+            assert off < (0.15 if what == "seconds" else 0.07), (
+                axis,
+                what,
+                off,
+            )  # a pair saves one copy
 
 
 def definitions(text):
-    return {f.name: ast.dump(f) for f in ast.parse(text).body if isinstance(f, (ast.FunctionDef, ast.ClassDef))}
+    return {
+        f.name: ast.dump(f)
+        for f in ast.parse(text).body
+        if isinstance(f, (ast.FunctionDef, ast.ClassDef))
+    }
 
 
 def test_the_chapter_shows_the_code_that_was_timed():
     path = ROOT / "nbs" / "15_speed.ipynb"
-    if not path.exists(): pytest.skip("no chapter")
+    if not path.exists():
+        pytest.skip("no chapter")
     shown = {}
     for cell in json.loads(path.read_text())["cells"]:
         text = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "def " in text: shown |= definitions(text)
+        if cell["cell_type"] == "code" and "def " in text:
+            shown |= definitions(text)
     timed = definitions(Path(bench.__file__).read_text())
     both = set(shown) & set(timed)
-    assert {"naive_step", "image_gradient_step", "wong_step", "per_class_partner", "Counter"} <= both
+    assert {
+        "naive_step",
+        "image_gradient_step",
+        "wong_step",
+        "per_class_partner",
+        "Counter",
+    } <= both
     assert all(shown[name] == timed[name] for name in both)
 
 
@@ -246,17 +296,39 @@ def test_waiting_threads_sleep_sooner_unless_told_otherwise():
     asked = "import fairmix_nb, os; print(os.environ['GOMP_SPINCOUNT'])"
     bare = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     for env, n in ((bare, bench.SPINS[1]), (dict(bare, GOMP_SPINCOUNT="7"), 7)):
-        said = subprocess.run([sys.executable, "-c", asked], env=env, cwd=ROOT, capture_output=True, text=True)
+        said = subprocess.run(
+            [sys.executable, "-c", asked], env=env, cwd=ROOT, capture_output=True, text=True
+        )
         assert said.stdout.strip() == str(n), said.stderr
 
 
 # ---- the script itself
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [["--only", "data", "tried", "crowd"], ["--only", "step"], ["--only", "scaling"], ["--peers"], ["--epoch"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "what",
+    [
+        ["--only", "data", "tried", "crowd"],
+        ["--only", "step"],
+        ["--only", "scaling"],
+        ["--peers"],
+        ["--epoch"],
+    ],
+    ids=" ".join,
+)
 def test_rehearsal(what, tmp_path):
     out = tmp_path / "r.json"
-    call = [sys.executable, bench.__file__, "--rehearse", "--threads", "1", "--out", str(out), *what]
+    call = [
+        sys.executable,
+        bench.__file__,
+        "--rehearse",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+        *what,
+    ]
     done = subprocess.run(call, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(out.read_text())
@@ -265,11 +337,16 @@ def test_rehearsal(what, tmp_path):
         assert f"[{name}: " in done.stdout and all(len(s) == 2 for s in found["seconds"].values())
 
 
-@pytest.mark.parametrize("words,says", [
-    (["--rehearse"], "--rehearse needs --out"),
-    (["--device", "cuda"], "sees no CUDA GPU"),
-    (["--only", "stpe"], "invalid choice: 'stpe'")])
+@pytest.mark.parametrize(
+    "words,says",
+    [
+        (["--rehearse"], "--rehearse needs --out"),
+        (["--device", "cuda"], "sees no CUDA GPU"),
+        (["--only", "stpe"], "invalid choice: 'stpe'"),
+    ],
+)
 def test_what_cannot_run_is_refused_before_any_work(words, says, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit): bench.main(words)
+    with pytest.raises(SystemExit):
+        bench.main(words)
     assert says in capsys.readouterr().err

@@ -1,4 +1,5 @@
 "The notebook runner and the README maker."
+
 import json
 import subprocess
 import sys
@@ -11,15 +12,27 @@ RUNNER = [sys.executable, str(ROOT / "tools" / "run_notebooks.py")]
 
 
 def notebook(path, *sources):
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s.splitlines(True), outputs=[], execution_count=None)
-             for i, s in enumerate(sources)]
+    cells = [
+        dict(
+            cell_type="code",
+            id=f"c{i}",
+            metadata={},
+            source=s.splitlines(True),
+            outputs=[],
+            execution_count=None,
+        )
+        for i, s in enumerate(sources)
+    ]
     path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     return path
 
 
 def outputs(path):
-    return ["".join(o.get("text", o.get("data", {}).get("text/plain", "")))
-            for c in json.loads(path.read_text())["cells"] for o in c["outputs"]]
+    return [
+        "".join(o.get("text", o.get("data", {}).get("text/plain", "")))
+        for c in json.loads(path.read_text())["cells"]
+        for o in c["outputs"]
+    ]
 
 
 def run(*args):
@@ -27,8 +40,16 @@ def run(*args):
 
 
 def test_directives_are_obeyed_and_two_runs_agree_to_the_byte(tmp_path):
-    path = notebook(tmp_path / "a.ipynb", "print('one')\nprint('two')", "#| eval: false\n1/0", "#| slow\n1/0", "#| cuda\n1/0",
-                    "import matplotlib.pyplot as plt\nplt.plot([1, 2]);", "import ipywidgets\nipywidgets.IntSlider()", "2 + 2")
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "print('one')\nprint('two')",
+        "#| eval: false\n1/0",
+        "#| slow\n1/0",
+        "#| cuda\n1/0",
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2]);",
+        "import ipywidgets\nipywidgets.IntSlider()",
+        "2 + 2",
+    )
     assert run(path).returncode == 0
     first = path.read_bytes()
     assert outputs(path)[0] == "one\ntwo\n" and outputs(path)[-1] == "4"
@@ -38,7 +59,9 @@ def test_directives_are_obeyed_and_two_runs_agree_to_the_byte(tmp_path):
     assert run("--flags", "slow", path).returncode == 1  # the flagged cell is run, and fails
 
 
-@pytest.mark.parametrize("old, new, same", [("1.0001", "1.0002", True), ("1.01", "1.02", False), ("yes", "no", False)])
+@pytest.mark.parametrize(
+    "old, new, same", [("1.0001", "1.0002", True), ("1.01", "1.02", False), ("yes", "no", False)]
+)
 def test_check_sees_a_changed_output(tmp_path, old, new, same):
     path = notebook(tmp_path / "a.ipynb", f"print('{old}')")
     assert run(path).returncode == 0

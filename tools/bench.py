@@ -12,6 +12,7 @@ between hours on a shared machine, and only a ratio of neighbours means somethin
 in each round; its median, smallest and largest value are the result, every raw second is kept.
 Give the machine to it alone: 'step' takes about two minutes, all blocks together about ten.
 """
+
 import argparse
 import atexit
 import contextlib
@@ -33,56 +34,56 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fairmix_nb.attacks import fgsm
-from fairmix_nb.attacks import pgd
-from fairmix_nb.data import ImageSet
-from fairmix_nb.data import as_floats
-from fairmix_nb.data import augment
-from fairmix_nb.data import batches
-from fairmix_nb.data import load
-from fairmix_nb.data import make_data
-from fairmix_nb.data import write_aside
-from fairmix_nb.mixup import ClassTable
-from fairmix_nb.mixup import same_class_partner
-from fairmix_nb.models import build
-from fairmix_nb.models import fold_batchnorm
-from fairmix_nb.train import State
-from fairmix_nb.train import TrainCfg
-from fairmix_nb.train import fit
-from fairmix_nb.train import make_job
-from fairmix_nb.train import make_optimizer
-from fairmix_nb.train import make_streams
-from fairmix_nb.train import mix_step
-from fairmix_nb.train import numerics
-from fairmix_nb.train import provenance
-from fairmix_nb.train import run_epoch
+from fairmix_nb.attacks import fgsm, pgd
+from fairmix_nb.data import ImageSet, as_floats, augment, batches, load, make_data, write_aside
+from fairmix_nb.mixup import ClassTable, same_class_partner
+from fairmix_nb.models import build, fold_batchnorm
+from fairmix_nb.train import (
+    State,
+    TrainCfg,
+    fit,
+    make_job,
+    make_optimizer,
+    make_streams,
+    mix_step,
+    numerics,
+    provenance,
+    run_epoch,
+)
 
 EPS = 8 / 255
 STAYS = contextlib.ExitStack()  # what `fit` sets for a run holds here until the process ends
 atexit.register(STAYS.close)
 MARKS = dict(  # ratio -> (slower, faster, the least that is accepted)
     step=dict(
-        S1=("naive", "eager", 1.15), S2=("naive", "compiled", 1.45),
-        S3=("fast_adversarial", "compiled", 1.5), S4=("fast_adversarial", "eager", 1.25)),
+        S1=("naive", "eager", 1.15),
+        S2=("naive", "compiled", 1.45),
+        S3=("fast_adversarial", "compiled", 1.5),
+        S4=("fast_adversarial", "eager", 1.25),
+    ),
     data=dict(
-        D1=("loader, 0 workers", "resident", 10), D2=("loader, 2 workers", "resident", 5),
-        P1=("per class, 256", "table, 256", 3)),
+        D1=("loader, 0 workers", "resident", 10),
+        D2=("loader, 2 workers", "resident", 5),
+        P1=("per class, 256", "table, 256", 3),
+    ),
     peers=dict(
         E1_torchattacks=("fgsm torchattacks", "fgsm folded", 1.35),
         E1_foolbox=("fgsm foolbox", "fgsm folded", 1.8),
         E1_art=("fgsm ART", "fgsm folded", 1.5),
-        E2_torchattacks=("pgd-10 torchattacks", "pgd-10 folded", 1.3)))
+        E2_torchattacks=("pgd-10 torchattacks", "pgd-10 folded", 1.3),
+    ),
+)
 
 
 # ---- measuring
+
 
 def interleave(jobs, rounds, warmup=1, device="cpu"):
     "Seconds of each job in each round; the jobs take turns, another one first every round."
@@ -91,7 +92,7 @@ def interleave(jobs, rounds, warmup=1, device="cpu"):
     for name in names * warmup:
         jobs[name]()
     for r in range(rounds):
-        for name in names[r % len(names):] + names[:r % len(names)]:
+        for name in names[r % len(names) :] + names[: r % len(names)]:
             wait()
             start = time.perf_counter()
             jobs[name]()
@@ -103,14 +104,23 @@ def interleave(jobs, rounds, warmup=1, device="cpu"):
 def ratio(seconds, slow, fast, hold=None):
     "How much longer `slow` takes, round by round."
     each = [a / b for a, b in zip(seconds[slow], seconds[fast])]
-    return dict(slow=slow, fast=fast, hold=hold, median=statistics.median(each), min=min(each),
-                max=max(each))
+    return dict(
+        slow=slow,
+        fast=fast,
+        hold=hold,
+        median=statistics.median(each),
+        min=min(each),
+        max=max(each),
+    )
 
 
 def ratios(block, seconds):
     "The ratios of a block whose candidates were both timed."
-    return {name: ratio(seconds, *mark) for name, mark in MARKS[block].items()
-            if mark[0] in seconds and mark[1] in seconds}
+    return {
+        name: ratio(seconds, *mark)
+        for name, mark in MARKS[block].items()
+        if mark[0] in seconds and mark[1] in seconds
+    }
 
 
 def peak_bytes(job, device="cpu"):
@@ -151,14 +161,20 @@ def floors(job, flops_per_s, bytes_per_s):
         job()
     heavy = [row for row in seen.rows if row[0]]
     at = lambda rows: sum(max(f / flops_per_s, b / bytes_per_s) for f, b in rows)
-    return dict(operators=len(seen.rows), flops=sum(f for f, _ in seen.rows),
-                bytes=sum(b for _, b in seen.rows), bytes_fused=sum(b for _, b in heavy),
-                arithmetic=sum(f for f, _ in heavy) / flops_per_s,
-                memory=sum(b for _, b in heavy) / bytes_per_s,
-                each_operator=at(seen.rows), fused=at(heavy))
+    return dict(
+        operators=len(seen.rows),
+        flops=sum(f for f, _ in seen.rows),
+        bytes=sum(b for _, b in seen.rows),
+        bytes_fused=sum(b for _, b in heavy),
+        arithmetic=sum(f for f, _ in heavy) / flops_per_s,
+        memory=sum(b for _, b in heavy) / bytes_per_s,
+        each_operator=at(seen.rows),
+        fused=at(heavy),
+    )
 
 
 # ---- the candidates: training steps
+
 
 def naive_step(model, optimizer, x, y, eps):
     "FGSM training as one writes it first: two full backward passes."
@@ -224,7 +240,8 @@ def wong(x, y):
     model = build("resnet20")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CyclicLR(
-        optimizer, base_lr=0.0, max_lr=0.2, step_size_up=500, step_size_down=500)
+        optimizer, base_lr=0.0, max_lr=0.2, step_size_up=500, step_size_down=500
+    )
     return lambda: wong_step(model, optimizer, scheduler, x, y, EPS, 1.25 * EPS)
 
 
@@ -246,8 +263,7 @@ def block_step(rounds, tiny):
     eager = trainer(images, cfg)
     jobs = dict(naive=naive(x, y), fast_adversarial=wong(x, y), eager=eager)
     jobs["image gradient"] = naive(x, y, step=image_gradient_step)
-    jobs["channels last"] = naive(
-        x, y, step=image_gradient_step, layout=torch.channels_last)
+    jobs["channels last"] = naive(x, y, step=image_gradient_step, layout=torch.channels_last)
     first = {}
     if not tiny:
         jobs["compiled"] = trainer(images, cfg, compile=True)
@@ -256,22 +272,33 @@ def block_step(rounds, tiny):
         first["compiled"] = time.perf_counter() - start
     seconds = interleave({**jobs, **tops}, rounds)
     peak, copy = (work[k] / statistics.median(seconds[k]) for k in ("gemm", "copy"))
-    return dict(config=dict(batch=batch, eps=EPS, model="resnet20", size=32), seconds=seconds,
-                ratios=ratios("step", seconds), first_call=first, flops_per_s=peak,
-                bytes_per_s=copy, floors=floors(eager, peak, copy),
-                peak_bytes={name: peak_bytes(job) for name, job in jobs.items()})
+    return dict(
+        config=dict(batch=batch, eps=EPS, model="resnet20", size=32),
+        seconds=seconds,
+        ratios=ratios("step", seconds),
+        first_call=first,
+        flops_per_s=peak,
+        bytes_per_s=copy,
+        floors=floors(eager, peak, copy),
+        peak_bytes={name: peak_bytes(job) for name, job in jobs.items()},
+    )
 
 
 # ---- the candidates: data and partners
+
 
 class Photos(Dataset):
     "Image by image through PIL, as torchvision's data sets give them."
 
     def __init__(self, images):
         self.x, self.y = images.x.permute(0, 2, 3, 1).numpy(), images.y.tolist()
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor()])
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+            ]
+        )
 
     def __len__(self):
         return len(self.y)
@@ -281,8 +308,9 @@ class Photos(Dataset):
 
 
 def loader(images, workers, batch=256):
-    return DataLoader(Photos(images), batch, shuffle=True, num_workers=workers,
-                      persistent_workers=workers > 0)
+    return DataLoader(
+        Photos(images), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
 
 
 def consume(source):
@@ -302,7 +330,7 @@ def per_class_partner(y, pools):
     partner = torch.empty_like(y)
     for c, pool in enumerate(pools):
         where = (y == c).nonzero()[:, 0]
-        partner[where] = pool[torch.randperm(len(pool))[:len(where)]]
+        partner[where] = pool[torch.randperm(len(pool))[: len(where)]]
     return partner
 
 
@@ -325,6 +353,7 @@ def repeat(job, times):
     def many():
         for _ in range(times):
             job()
+
     return many
 
 
@@ -344,9 +373,10 @@ def block_data(rounds, tiny):
             f"table, {b}": lambda idx=idx: table.partner(idx, g),
             f"per class, {b}": lambda y=y: per_class_partner(y, whole),
             f"in batch, {b}": lambda y=y: same_class_partner(y, 10, g),
-            f"per class in batch, {b}": lambda y=y: per_class_partner(y, members(y, 10))}
+            f"per class in batch, {b}": lambda y=y: per_class_partner(y, members(y, 10)),
+        }
     jobs |= {name: repeat(draw, times) for name, draw in draws.items()}
-    few = table.y[:sizes[0]]
+    few = table.y[: sizes[0]]
     jobs[f"per sample, {sizes[0]}"] = lambda: per_sample_partner(few)
     seconds = interleave(jobs, rounds)
     for name in draws:
@@ -355,9 +385,11 @@ def block_data(rounds, tiny):
     small = sizes[0]
     found |= dict(
         P1_in_batch=ratio(seconds, f"per class in batch, {small}", f"in batch, {small}"),
-        P1_per_sample=ratio(seconds, f"per sample, {small}", f"table, {small}"))
-    return dict(config=dict(images=n, batch=256, partners=sizes, set=50_000), seconds=seconds,
-                ratios=found)
+        P1_per_sample=ratio(seconds, f"per sample, {small}", f"table, {small}"),
+    )
+    return dict(
+        config=dict(images=n, batch=256, partners=sizes, set=50_000), seconds=seconds, ratios=found
+    )
 
 
 # ---- scaling: time and memory against what a user turns
@@ -377,7 +409,8 @@ def scaling_jobs(tiny):
         images={n: point(n) for n in [i * width * b for i in (1, 2, 3, 4)]},
         batch={n: point(n, batch=n) for n in [i * b for i in (1, 2, 3, 4)]},
         pgd_steps={s: point(b, attack="pgd", steps=s) for s in (1, 2, 4, 7, 10)},
-        k_set={k: point(b, pipeline=("attack", "mix"), partner="set", k=k) for k in (2, 3, 4)})
+        k_set={k: point(b, pipeline=("attack", "mix"), partner="set", k=k) for k in (2, 3, 4)},
+    )
 
 
 def block_scaling(rounds, tiny):
@@ -401,6 +434,7 @@ def block_scaling(rounds, tiny):
 
 # ---- what did not pay, and what does in an audit
 
+
 def many_models(x, y, m=4):
     "Gradients of `m` small networks for one batch: in turn, as grouped convolutions, by vmap."
     nets = [build("small_cnn", 10, 3, seed=i) for i in range(m)]
@@ -418,18 +452,23 @@ def many_models(x, y, m=4):
             w, b = leaves[f"{i}.weight"].flatten(0, 1), leaves[f"{i}.bias"].flatten()
             z = F.relu(F.conv2d(z, w, b, stride, 1, groups=m))
         z = F.avg_pool2d(z, z.shape[-1] // 2).unflatten(1, (m, -1)).flatten(2).transpose(0, 1)
-        z = torch.baddbmm(leaves[f"{where[-1]}.bias"][:, None], z,
-                          leaves[f"{where[-1]}.weight"].transpose(1, 2))
+        z = torch.baddbmm(
+            leaves[f"{where[-1]}.bias"][:, None], z, leaves[f"{where[-1]}.weight"].transpose(1, 2)
+        )
         loss = sum(F.cross_entropy(logits, y) for logits in z)
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
 
     def in_turn():
-        found = [torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
-                 for net in nets]
+        found = [
+            torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters())) for net in nets
+        ]
         return dict(zip(leaves, (torch.stack(g) for g in zip(*found))))
 
-    return {"in turn": in_turn, "grouped": grouped,
-            "vmap": lambda: torch.vmap(torch.func.grad(one))(params)}
+    return {
+        "in turn": in_turn,
+        "grouped": grouped,
+        "vmap": lambda: torch.vmap(torch.func.grad(one))(params),
+    }
 
 
 def strong_attack(net, x, y, eps, steps, restarts, drop):
@@ -461,33 +500,51 @@ def block_tried(rounds, tiny):
     jobs |= {f"4 models {name}": job for name, job in many_models(x, y).items()}
     digits = load("digits")
     eps, steps, restarts = 0.2, *((3, 2) if tiny else (50, 10))
-    run = fit(build("small_cnn", 10, 1), digits, TrainCfg(
-        eps=0.1, epochs=1 if tiny else 10, batch=64, lr=3e-3), device="cpu", progress=False)
+    run = fit(
+        build("small_cnn", 10, 1),
+        digits,
+        TrainCfg(eps=0.1, epochs=1 if tiny else 10, batch=64, lr=3e-3),
+        device="cpu",
+        progress=False,
+    )
     test = digits.test.subset(slice(32 if tiny else 200))
     x, y, net = test.floats(), test.y, fold_batchnorm(run.model)
     broken = {}
     for name, drop in [("PGD, all again", False), ("PGD, broken dropped", True)]:
+
         def job(name=name, drop=drop):
             broken[name] = strong_attack(net, x, y, eps, steps, restarts, drop)
+
         jobs[name] = job
     seconds = interleave(jobs, rounds)
-    pairs = dict(bf16=("fp32", "bf16"), grouped=("4 models in turn", "4 models grouped"),
-                 vmap=("4 models in turn", "4 models vmap"),
-                 dropping=("PGD, all again", "PGD, broken dropped"))
-    return dict(config=dict(batch=len(images), model="resnet20", models="small_cnn, batch 64",
-                            audit=dict(data="digits", images=len(y), eps=eps, steps=steps,
-                                       restarts=restarts)),
-                seconds=seconds, ratios={k: ratio(seconds, *v) for k, v in pairs.items()},
-                broken={k: int(v.sum()) for k, v in broken.items()})
+    pairs = dict(
+        bf16=("fp32", "bf16"),
+        grouped=("4 models in turn", "4 models grouped"),
+        vmap=("4 models in turn", "4 models vmap"),
+        dropping=("PGD, all again", "PGD, broken dropped"),
+    )
+    return dict(
+        config=dict(
+            batch=len(images),
+            model="resnet20",
+            models="small_cnn, batch 64",
+            audit=dict(data="digits", images=len(y), eps=eps, steps=steps, restarts=restarts),
+        ),
+        seconds=seconds,
+        ratios={k: ratio(seconds, *v) for k, v in pairs.items()},
+        broken={k: int(v.sum()) for k, v in broken.items()},
+    )
 
 
 # ---- evaluation attacks of other packages
+
 
 def peer_jobs(model, x, y, steps):
     "FGSM and PGD of whichever of torchattacks, foolbox and ART is installed, as jobs."
     jobs, versions = {}, {}
     try:
         import torchattacks
+
         ta_fgsm = torchattacks.FGSM(model, eps=EPS)
         ta_pgd = torchattacks.PGD(model, eps=EPS, alpha=2.5 * EPS / steps, steps=steps)
         jobs["fgsm torchattacks"] = lambda: ta_fgsm(x, y)
@@ -497,10 +554,12 @@ def peer_jobs(model, x, y, steps):
         pass
     try:
         import foolbox
+
         fool = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
         jobs["fgsm foolbox"] = lambda: foolbox.attacks.FGSM()(fool, x, y, epsilons=EPS)
         jobs["fgsm foolbox, points only"] = lambda: foolbox.attacks.FGSM().run(
-            fool, x, foolbox.Misclassification(y), epsilon=EPS)
+            fool, x, foolbox.Misclassification(y), epsilon=EPS
+        )
         versions["foolbox"] = foolbox.__version__
     except ImportError:
         pass
@@ -508,8 +567,10 @@ def peer_jobs(model, x, y, steps):
         import art
         from art.attacks.evasion import FastGradientMethod
         from art.estimators.classification import PyTorchClassifier
-        classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), x.shape[1:], 10,
-                                       clip_values=(0, 1), device_type="cpu")
+
+        classifier = PyTorchClassifier(
+            model, nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type="cpu"
+        )
         attack = FastGradientMethod(classifier, eps=EPS, batch_size=len(x))
         xs, ys = x.numpy(), y.numpy()
         jobs["fgsm ART"] = lambda: attack.generate(xs, ys)
@@ -535,11 +596,13 @@ def block_peers(rounds, tiny):
         with torch.no_grad():
             return z, net(z).argmax(1) != y
 
-    jobs = {"fgsm folded": lambda: fgsm(net, last, y, EPS),
-            "fgsm folded, judged": judged,
-            "fgsm unfolded": lambda: fgsm(plain, x, y, EPS),
-            "pgd-10 folded": lambda: pgd(net, last, y, EPS, steps, keep="last", generator=g),
-            "pgd-10 folded, best": lambda: pgd(net, last, y, EPS, steps, generator=g)}
+    jobs = {
+        "fgsm folded": lambda: fgsm(net, last, y, EPS),
+        "fgsm folded, judged": judged,
+        "fgsm unfolded": lambda: fgsm(plain, x, y, EPS),
+        "pgd-10 folded": lambda: pgd(net, last, y, EPS, steps, keep="last", generator=g),
+        "pgd-10 folded, best": lambda: pgd(net, last, y, EPS, steps, generator=g),
+    }
     others, versions = peer_jobs(plain, x, y, steps)
     seconds = interleave(jobs | others, rounds)
     found, same = ratios("peers", seconds), {}
@@ -549,16 +612,25 @@ def block_peers(rounds, tiny):
     if "fgsm foolbox" in others:
         found["E1_foolbox_points"] = ratio(seconds, "fgsm foolbox, points only", "fgsm folded")
     ours = jobs["fgsm unfolded"]()
-    results = {name: others[f"fgsm {name}"]() for name in ("torchattacks", "foolbox", "ART")
-               if f"fgsm {name}" in others}
+    results = {
+        name: others[f"fgsm {name}"]()
+        for name in ("torchattacks", "foolbox", "ART")
+        if f"fgsm {name}" in others
+    }
     for name, z in results.items():
         z = torch.as_tensor(z[1] if isinstance(z, (tuple, list)) else z)
         same[name] = dict(bits=torch.equal(z, ours), differ=int((z - ours).abs().gt(1e-6).sum()))
-    return dict(config=dict(batch=batch, eps=EPS, model="resnet20", pgd_steps=steps),
-                versions=versions, seconds=seconds, ratios=found, same_as_unfolded=same)
+    return dict(
+        config=dict(batch=batch, eps=EPS, model="resnet20", pgd_steps=steps),
+        versions=versions,
+        seconds=seconds,
+        ratios=found,
+        same_as_unfolded=same,
+    )
 
 
 # ---- a GPU
+
 
 def random_data(n):
     "Random images as `load` would give them: about `n` to learn, some to watch and to test."
@@ -568,8 +640,16 @@ def random_data(n):
 def fit_epochs(data, epochs, device, **options):
     "Wall clock at the end of every epoch of `fit`, the paper's recipe."
     ends, cfg = [], TrainCfg(batch=min(256, len(data.train) // 2), eps=EPS, epochs=epochs)
-    fit(build("resnet20"), data, cfg, device=device, watched=1, progress=False,
-        on_epoch=lambda row: ends.append(time.time()), **options)
+    fit(
+        build("resnet20"),
+        data,
+        cfg,
+        device=device,
+        watched=1,
+        progress=False,
+        on_epoch=lambda row: ends.append(time.time()),
+        **options,
+    )
     return ends
 
 
@@ -594,8 +674,14 @@ def loader_epoch(images, device, workers, steps):
 
 def shared(runs, epochs, n, device, options):
     "Epochs a second of `runs` processes that share the device, while all of them are training."
-    call = [sys.executable, __file__, "--device", device, "--worker",
-            json.dumps(dict(n=n, epochs=epochs, options=options))]
+    call = [
+        sys.executable,
+        __file__,
+        "--device",
+        device,
+        "--worker",
+        json.dumps(dict(n=n, epochs=epochs, options=options)),
+    ]
     workers = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True) for _ in range(runs)]
     ends = [json.loads(w.communicate()[0].splitlines()[-1]) for w in workers]
     start, stop = max(e[0] for e in ends), min(e[-2] for e in ends)
@@ -617,10 +703,12 @@ def block_epoch(rounds, tiny, device):
     seconds = {name: [] for name in (*ways, "loader")}
     for _ in range(rounds):
         for name, options in ways.items():
-            seconds[name].append(statistics.median(
-                inner_epochs(fit_epochs(data, epochs, device, **options))))
-        seconds["loader"].append(loader_epoch(
-            data.train, device, 2 if tiny else min(8, os.cpu_count()), steps))
+            seconds[name].append(
+                statistics.median(inner_epochs(fit_epochs(data, epochs, device, **options)))
+            )
+        seconds["loader"].append(
+            loader_epoch(data.train, device, 2 if tiny else min(8, os.cpu_count()), steps)
+        )
     images = images_of(batch).to(device)
     tops, work = ceilings(256, 4, device) if tiny else ceilings(8192, 4096, device)
     seen = interleave(tops, 7, device=device)
@@ -629,17 +717,25 @@ def block_epoch(rounds, tiny, device):
     low = floors(step, peak, copy)
     mid = {name: statistics.median(s) for name, s in seconds.items()}
     best = min(ways, key=mid.get)
-    card = {k: shared(k, epochs + 2, size, device, ways[best])
-            for k in ((1, 2) if tiny else (1, 2, 4, 8))}
+    card = {
+        k: shared(k, epochs + 2, size, device, ways[best])
+        for k in ((1, 2) if tiny else (1, 2, 4, 8))
+    }
     found = {name: ratio(seconds, "loader", name) for name in ways}
     return dict(
         config=dict(images=n, batch=batch, eps=EPS, model="resnet20", epochs=epochs, best=best),
-        seconds=seconds, ratios=found, floors=low, flops_per_s=peak, bytes_per_s=copy,
+        seconds=seconds,
+        ratios=found,
+        floors=low,
+        flops_per_s=peak,
+        bytes_per_s=copy,
         floor_epoch={k: low[k] * n / batch for k in ("arithmetic", "memory", "fused")},
-        images_per_s={k: n / s for k, s in mid.items()}, run_of_80={k: 80 * s for k, s in mid.items()},
+        images_per_s={k: n / s for k, s in mid.items()},
+        run_of_80={k: 80 * s for k, s in mid.items()},
         epochs_per_s_shared=card,
         runs_per_minute={k: v and 60 * v / 80 for k, v in card.items()},
-        peak_bytes={"eager step": peak_bytes(step, device)})
+        peak_bytes={"eager step": peak_bytes(step, device)},
+    )
 
 
 # ---- beside other programs
@@ -679,19 +775,25 @@ def block_crowd(rounds, tiny):
     for r in range(rounds):
         for k in (0, cores, 2 * cores):
             with neighbours(k):
-                for n in SPINS[::1 if r % 2 else -1]:
+                for n in SPINS[:: 1 if r % 2 else -1]:
                     env = dict(os.environ, GOMP_SPINCOUNT=str(n))
-                    said = subprocess.run(call, env=env, stdout=subprocess.PIPE, text=True, check=True)
+                    said = subprocess.run(
+                        call, env=env, stdout=subprocess.PIPE, text=True, check=True
+                    )
                     found[f"beside {k}, {n}"].append(json.loads(said.stdout.splitlines()[-1]))
     pairs = {f"beside {k}": [f"beside {k}, {n}" for n in SPINS] for k in (0, cores, 2 * cores)}
-    return dict(config=dict(batch=batch, model="resnet20", eps=EPS, spins=SPINS), seconds=found,
-                ratios={name: ratio(found, *pair) for name, pair in pairs.items()})
+    return dict(
+        config=dict(batch=batch, model="resnet20", eps=EPS, spins=SPINS),
+        seconds=found,
+        ratios={name: ratio(found, *pair) for name, pair in pairs.items()},
+    )
 
 
 # ---- the record
 
-BLOCKS = dict(step=block_step, data=block_data, scaling=block_scaling, tried=block_tried,
-              crowd=block_crowd)
+BLOCKS = dict(
+    step=block_step, data=block_data, scaling=block_scaling, tried=block_tried, crowd=block_crowd
+)
 
 
 def write(path, blocks, device, rounds, what):
@@ -711,10 +813,15 @@ def report(blocks):
     lines = []
     for block, found in blocks.items():
         for name, r in found.get("ratios", {}).items():
-            held = "" if not r["hold"] else f"hold {r['hold']:<5}" + (
-                "ok" if r["median"] >= r["hold"] else "MISSED")
-            lines.append(f"{name:18} {r['slow']:22} / {r['fast']:20} {r['median']:7.2f} "
-                         f"({r['min']:.2f} to {r['max']:.2f})  {held}")
+            held = (
+                ""
+                if not r["hold"]
+                else f"hold {r['hold']:<5}" + ("ok" if r["median"] >= r["hold"] else "MISSED")
+            )
+            lines.append(
+                f"{name:18} {r['slow']:22} / {r['fast']:20} {r['median']:7.2f} "
+                f"({r['min']:.2f} to {r['max']:.2f})  {held}"
+            )
         lines.append(f"  [{block}: {found['block_seconds']:.0f} s]")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 Used by docs/build.py and by the tests; needs nothing but the standard library.
 """
+
 import ast
 import io
 import json
@@ -35,20 +36,38 @@ def chapters() -> list:
 
 
 def title(path: Path) -> str:
-    return next(re.match(r"# (.*)", source(c))[1] for c in cells(path)
-                if c["cell_type"] == "markdown" and source(c).startswith("# "))
+    return next(
+        re.match(r"# (.*)", source(c))[1]
+        for c in cells(path)
+        if c["cell_type"] == "markdown" and source(c).startswith("# ")
+    )
 
 
 def headings(path: Path) -> list:
     "(index of the cell, level, text) of every heading, in order."
-    return [(i, len(m[1]), m[2].strip()) for i, c in enumerate(cells(path)) if c["cell_type"] == "markdown"
-            for m in re.finditer(r"^(#{1,4}) (.*)$", source(c), re.M)]
+    return [
+        (i, len(m[1]), m[2].strip())
+        for i, c in enumerate(cells(path))
+        if c["cell_type"] == "markdown"
+        for m in re.finditer(r"^(#{1,4}) (.*)$", source(c), re.M)
+    ]
 
 
 # --- figures and their alternative texts ---------------------------------------------------
 
-SYMBOLS = {r"\\epsilon": "epsilon", r"\\sigma": "sigma", r"\\mu": "mu", r"\\lambda": "lambda", r"\\alpha": "alpha", r"\\sum_i": "sum of",
-           r"\\sqrt": "root of", r"\\ell": "l", r"\\Delta": "difference of", r"\\pm": "+-", r"\\(?:rm|mathrm|bf|,|;|!| )": " "}
+SYMBOLS = {
+    r"\\epsilon": "epsilon",
+    r"\\sigma": "sigma",
+    r"\\mu": "mu",
+    r"\\lambda": "lambda",
+    r"\\alpha": "alpha",
+    r"\\sum_i": "sum of",
+    r"\\sqrt": "root of",
+    r"\\ell": "l",
+    r"\\Delta": "difference of",
+    r"\\pm": "+-",
+    r"\\(?:rm|mathrm|bf|,|;|!| )": " ",
+}
 
 
 def spoken(text: str) -> str:
@@ -57,13 +76,20 @@ def spoken(text: str) -> str:
     for tex, word in SYMBOLS.items():
         text = re.sub(tex + r"(?![a-zA-Z])", f" {word} ", text)
     text = re.sub(r"\\([a-zA-Z]+)", r"\1 ", text)
-    return re.sub(r"\s+", " ", re.sub(r"[$*`{}\\_^|>]", " ", text)).replace(" ,", ",").replace(" .", ".").strip()
+    return (
+        re.sub(r"\s+", " ", re.sub(r"[$*`{}\\_^|>]", " ", text))
+        .replace(" ,", ",")
+        .replace(" .", ".")
+        .strip()
+    )
 
 
 def first_sentence(cell) -> str:
     if cell["cell_type"] != "markdown":
         return ""
-    text = re.sub(r"<[^>]*>|\$\$.*?\$\$", " ", re.sub(r"^#+ .*$", "", source(cell), flags=re.M), flags=re.S)
+    text = re.sub(
+        r"<[^>]*>|\$\$.*?\$\$", " ", re.sub(r"^#+ .*$", "", source(cell), flags=re.M), flags=re.S
+    )
     found = re.match(r"(.+?[.?!:])(\s|$)", spoken(text), re.S)
     return found[1].rstrip(":") if found and not text.strip().startswith("|") else ""
 
@@ -73,7 +99,9 @@ def definitions(path: Path) -> dict:
     "Functions defined in a notebook, by name: where a figure's labels may stand."
     found = {}
     for cell in cells(path):
-        for node in ast.walk(parsed(source(cell)) if cell["cell_type"] == "code" else ast.Module([], [])):
+        for node in ast.walk(
+            parsed(source(cell)) if cell["cell_type"] == "code" else ast.Module([], [])
+        ):
             if isinstance(node, ast.FunctionDef):
                 found[node.name] = node
     return found
@@ -93,9 +121,16 @@ def labels(path: Path, tree, seen=()) -> dict:
         if not isinstance(node, ast.Call):
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        given = [(k.arg, k.value) for k in node.keywords] + [(name[4:], a) for a in node.args[:1] if name.startswith("set_")]
+        given = [(k.arg, k.value) for k in node.keywords] + [
+            (name[4:], a) for a in node.args[:1] if name.startswith("set_")
+        ]
         for key, value in given:
-            if key in out and isinstance(value, ast.Constant) and isinstance(value.value, str) and value.value:
+            if (
+                key in out
+                and isinstance(value, ast.Constant)
+                and isinstance(value.value, str)
+                and value.value
+            ):
                 out[key].append(spoken(value.value))
         helper = definitions(path).get(name)
         if helper and name not in seen:
@@ -110,20 +145,30 @@ def alt_text(path: Path, i: int) -> str:
     if "fig-alt" in directives(cell):
         return directives(cell)["fig-alt"]
     drawn = labels(path, parsed(source(cell)))
-    parts = [" and ".join(drawn["ylabel"][:2]) + " against " + " and ".join(drawn["xlabel"][:2])
-             if drawn["xlabel"] and drawn["ylabel"] else " and ".join(drawn["xlabel"] or drawn["ylabel"])]
+    parts = [
+        " and ".join(drawn["ylabel"][:2]) + " against " + " and ".join(drawn["xlabel"][:2])
+        if drawn["xlabel"] and drawn["ylabel"]
+        else " and ".join(drawn["xlabel"] or drawn["ylabel"])
+    ]
     parts.append("; ".join(drawn["title"][:4] + drawn["label"][:6]))
     after = first_sentence(every[i + 1]) if i + 1 < len(every) else ""
     before = next((s for c in reversed(every[:i]) if (s := first_sentence(c))), "")
-    under = [text for j, level, text in headings(path) if j <= i and level > 1][-1:] or [title(path)]
+    under = [text for j, level, text in headings(path) if j <= i and level > 1][-1:] or [
+        title(path)
+    ]
     parts = [under[0] and spoken(under[0]), *parts, after or before]
     return ". ".join(p.rstrip(".") for p in parts if p) + "."
 
 
 def figures() -> list:
     "(notebook, index of the cell, alternative text) of every stored picture."
-    return [(p, i, alt_text(p, i)) for p in [NBS / "index.ipynb", *chapters()] for i, c in enumerate(cells(p))
-            if c["cell_type"] == "code" and any(k.startswith("image/") for o in c["outputs"] for k in o.get("data", {}))]
+    return [
+        (p, i, alt_text(p, i))
+        for p in [NBS / "index.ipynb", *chapters()]
+        for i, c in enumerate(cells(p))
+        if c["cell_type"] == "code"
+        and any(k.startswith("image/") for o in c["outputs"] for k in o.get("data", {}))
+    ]
 
 
 # --- public names, from the modules' own source --------------------------------------------
@@ -131,8 +176,11 @@ def figures() -> list:
 
 def comments(text: str) -> dict:
     "Comment of each line."
-    return {t.start[0]: t.string[1:].strip() for t in tokenize.generate_tokens(io.StringIO(text).readline)
-            if t.type == tokenize.COMMENT}
+    return {
+        t.start[0]: t.string[1:].strip()
+        for t in tokenize.generate_tokens(io.StringIO(text).readline)
+        if t.type == tokenize.COMMENT
+    }
 
 
 def parameters(node, text: str, notes: dict) -> tuple:
@@ -148,10 +196,16 @@ def parameters(node, text: str, notes: dict) -> tuple:
             continue
         stars = "*" * ((arg is a.vararg) + 2 * (arg is a.kwarg))
         segment = lambda n: ast.get_source_segment(text, n) if n is not None else ""
-        rows.append((stars + arg.arg, segment(arg.annotation), segment(default), notes.get(last, "")))
+        rows.append(
+            (stars + arg.arg, segment(arg.annotation), segment(default), notes.get(last, ""))
+        )
     where = node.returns.end_lineno if node.returns else node.body[0].lineno - 1
     many = where > node.lineno or not rows
-    ends = [k for k in range(last, node.body[0].lineno) if k in notes and (k > last or many and not rows)]
+    ends = [
+        k
+        for k in range(last, node.body[0].lineno)
+        if k in notes and (k > last or many and not rows)
+    ]
     back = notes.get(where, "") if node.returns and many else notes[ends[-1]] if ends else ""
     return rows, (ast.get_source_segment(text, node.returns) if node.returns else "", back)
 
@@ -162,13 +216,34 @@ def described(node, text: str, notes: dict) -> dict:
     if isinstance(node, ast.FunctionDef):
         rows, back = parameters(node, text, notes)
         is_property = any(getattr(d, "id", "") == "property" for d in node.decorator_list)
-        return dict(name=node.name, kind="property" if is_property else "function", doc=doc, rows=rows, back=back, methods=[])
-    fields = [(n.target.id, ast.get_source_segment(text, n.annotation), ast.get_source_segment(text, n.value) if n.value else "",
-               notes.get(n.end_lineno, "")) for n in node.body if isinstance(n, ast.AnnAssign)]
+        return dict(
+            name=node.name,
+            kind="property" if is_property else "function",
+            doc=doc,
+            rows=rows,
+            back=back,
+            methods=[],
+        )
+    fields = [
+        (
+            n.target.id,
+            ast.get_source_segment(text, n.annotation),
+            ast.get_source_segment(text, n.value) if n.value else "",
+            notes.get(n.end_lineno, ""),
+        )
+        for n in node.body
+        if isinstance(n, ast.AnnAssign)
+    ]
     methods = [described(n, text, notes) for n in node.body if isinstance(n, ast.FunctionDef)]
     start = next((m["rows"] for m in methods if m["name"] == "__init__"), [])
-    methods = [m for m in methods if (m["doc"] or m["rows"]) and (m["name"][0] != "_" or m["name"] == "__call__")]
-    return dict(name=node.name, kind="class", doc=doc, rows=fields or start, back=("", ""), methods=methods)
+    methods = [
+        m
+        for m in methods
+        if (m["doc"] or m["rows"]) and (m["name"][0] != "_" or m["name"] == "__call__")
+    ]
+    return dict(
+        name=node.name, kind="class", doc=doc, rows=fields or start, back=("", ""), methods=methods
+    )
 
 
 @lru_cache(None)
@@ -187,7 +262,11 @@ def api(module: str) -> tuple:
     "The module's docstring, and a description of each name in its `__all__`."
     text = (ROOT / "fairmix_nb" / f"{module}.py").read_text(encoding="utf-8")
     tree, notes, found = ast.parse(text), comments(text), {}
-    public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    public = next(
+        ast.literal_eval(n.value)
+        for n in tree.body
+        if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
+    )
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     for n in tree.body:
         if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public:
@@ -195,9 +274,21 @@ def api(module: str) -> tuple:
         elif isinstance(n, ast.Assign) and isinstance(n.targets[0], (ast.Name, ast.Tuple)):
             targets = getattr(n.targets[0], "elts", [n.targets[0]])
             values = n.value.elts if len(targets) > 1 else [n.value]
-            found |= {t.id: dict(name=t.id, kind="constant", doc=notes.get(n.lineno, "") or constant(v), rows=[], back=("", ""), methods=[])
-                      for t, v in zip(targets, values) if t.id in public}
-        elif isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute):  # Class.method = _function
+            found |= {
+                t.id: dict(
+                    name=t.id,
+                    kind="constant",
+                    doc=notes.get(n.lineno, "") or constant(v),
+                    rows=[],
+                    back=("", ""),
+                    methods=[],
+                )
+                for t, v in zip(targets, values)
+                if t.id in public
+            }
+        elif isinstance(n, ast.Assign) and isinstance(
+            n.targets[0], ast.Attribute
+        ):  # Class.method = _function
             method = described(functions[n.value.id], text, notes) | dict(name=n.targets[0].attr)
             method["rows"] = [r for r in method["rows"] if r[0] != "self"]
             found[n.targets[0].value.id]["methods"].append(method)
@@ -207,25 +298,56 @@ def api(module: str) -> tuple:
 def constant(value) -> str:
     "A constant in words: its keys, its members or itself."
     if isinstance(value, (ast.Dict, ast.Tuple, ast.Call)):
-        items = value.keys if isinstance(value, ast.Dict) else getattr(value, "elts", None) or [k.arg for k in value.keywords]
-        return "One of: " + ", ".join(f"`{i if isinstance(i, str) else ast.unparse(i)}`" for i in items)
+        items = (
+            value.keys
+            if isinstance(value, ast.Dict)
+            else getattr(value, "elts", None) or [k.arg for k in value.keywords]
+        )
+        return "One of: " + ", ".join(
+            f"`{i if isinstance(i, str) else ast.unparse(i)}`" for i in items
+        )
     return f"`{ast.unparse(value)}`"
 
 
 def exporting_cell(path: Path, name: str) -> int:
     "The cell that defines a public name."
     pattern = re.compile(rf"^(?:def|class) {name}\b|^(?:\w+, )*{name}\s*(?:,.*)?=", re.M)
-    return next(i for i, c in enumerate(cells(path)) if c["cell_type"] == "code" and pattern.search(source(c))
-                and {"export", "exporti"} & directives(c).keys())
+    return next(
+        i
+        for i, c in enumerate(cells(path))
+        if c["cell_type"] == "code"
+        and pattern.search(source(c))
+        and {"export", "exporti"} & directives(c).keys()
+    )
 
 
 # --- the paper's statements ----------------------------------------------------------------
 
-NAMED = ["Definition 1", "Proposition 1", "Proposition 2", "Theorem 3", "Theorem 4", *(f"Remark {i}" for i in range(1, 5)),
-         "Figure 1 (a)", "Figure 1 (b)", "Figure 2 (a)", "Figure 2 (b)", "Table I"]
+NAMED = [
+    "Definition 1",
+    "Proposition 1",
+    "Proposition 2",
+    "Theorem 3",
+    "Theorem 4",
+    *(f"Remark {i}" for i in range(1, 5)),
+    "Figure 1 (a)",
+    "Figure 1 (b)",
+    "Figure 2 (a)",
+    "Figure 2 (b)",
+    "Table I",
+]
 STATEMENTS = [f"({i})" for i in range(1, 39)] + NAMED
-WORDS = {"Def": "Definition", "Prop": "Proposition", "Thm": "Theorem", "Theorem": "Theorem", "Remark": "Remark",
-         "Definition": "Definition", "Proposition": "Proposition", "Figure": "Figure", "Fig": "Figure"}
+WORDS = {
+    "Def": "Definition",
+    "Prop": "Proposition",
+    "Thm": "Theorem",
+    "Theorem": "Theorem",
+    "Remark": "Remark",
+    "Definition": "Definition",
+    "Proposition": "Proposition",
+    "Figure": "Figure",
+    "Fig": "Figure",
+}
 
 
 def mentions(text: str) -> set:
@@ -233,20 +355,35 @@ def mentions(text: str) -> set:
     found = set()
     for a, b in re.findall(r"\((\d+)\)(?:\s*(?:-|to)\s*\((\d+)\))?", text):
         found |= {f"({i})" for i in range(int(a), int(b or a) + 1)}
-    for word, numbers in re.findall(r"\b(Def|Prop|Thm|Theorem|Remark|Definition|Proposition|Figure|Fig)s?\.? (\d(?:(?:,| and|-) ?\d)*)(?!\d| \([ab]\))", text):
+    for word, numbers in re.findall(
+        r"\b(Def|Prop|Thm|Theorem|Remark|Definition|Proposition|Figure|Fig)s?\.? (\d(?:(?:,| and|-) ?\d)*)(?!\d| \([ab]\))",
+        text,
+    ):
         for a, b in re.findall(r"(\d)(?:-(\d))?", numbers):
             found |= {f"{WORDS[word]} {i}" for i in range(int(a), int(b or a) + 1)}
     found |= {f"Figure {i} ({p})" for i, p in re.findall(r"Figure (\d) \(([ab])\)", text)}
-    found |= {f"Figure {i} ({p})" for f in list(found) if re.fullmatch(r"Figure \d", f) for i in f[-1] for p in "ab"}
+    found |= {
+        f"Figure {i} ({p})"
+        for f in list(found)
+        if re.fullmatch(r"Figure \d", f)
+        for i in f[-1]
+        for p in "ab"
+    }
     return (found | {"Table I"} if re.search(r"\bTable I\b", text) else found) & set(STATEMENTS)
 
 
 def claimed(cell) -> set:
     "The statements that a text cell states: tags, bold names in quotations, names in headings."
     text = source(cell)
-    found = {f"({t.strip()})" for tag in re.findall(r"\\tag\{([^}]*)\}", text) for t in tag.split(",")}
+    found = {
+        f"({t.strip()})" for tag in re.findall(r"\\tag\{([^}]*)\}", text) for t in tag.split(",")
+    }
     for line in text.splitlines():
-        for bold in re.findall(r"\*\*([^*]+)\*\*", line) if line.startswith(">") else re.findall(r"^##+ (.*)", line):
+        for bold in (
+            re.findall(r"\*\*([^*]+)\*\*", line)
+            if line.startswith(">")
+            else re.findall(r"^##+ (.*)", line)
+        ):
             found |= {s for s in mentions(bold) if not s.startswith("(")}
     return found & set(STATEMENTS)
 
@@ -265,9 +402,18 @@ def section(path: Path, i: int) -> tuple:
     return start, min([j for j, _ in tops if j > i], default=len(cells(path))), text
 
 
-KINDS = {"SymPy": r"\bsp\.", "mpmath": r"\bmp\.|\bexact\w*\(|\bdecided\(", "Monte Carlo": r"\bmc_class_risk\(|\btest_mc\(|\bsimulated\(|rng\.standard_normal",
-         "search": r"optimize\.|arg(?:min|max)|\breferee\(|\bsearch\w*\(", "quadrature": r"integrate\.", "SciPy": r"\bstats\.|\bnorm\.|\bndtr\("}
-ASSERTS = re.compile(r"^\s*(?:assert\b|close\(|test_\w+\(|count\(|np\.testing\.|torch\.testing\.|with expect_fail\()|:\s*(?:assert\b|close\()", re.M)
+KINDS = {
+    "SymPy": r"\bsp\.",
+    "mpmath": r"\bmp\.|\bexact\w*\(|\bdecided\(",
+    "Monte Carlo": r"\bmc_class_risk\(|\btest_mc\(|\bsimulated\(|rng\.standard_normal",
+    "search": r"optimize\.|arg(?:min|max)|\breferee\(|\bsearch\w*\(",
+    "quadrature": r"integrate\.",
+    "SciPy": r"\bstats\.|\bnorm\.|\bndtr\(",
+}
+ASSERTS = re.compile(
+    r"^\s*(?:assert\b|close\(|test_\w+\(|count\(|np\.testing\.|torch\.testing\.|with expect_fail\()|:\s*(?:assert\b|close\()",
+    re.M,
+)
 
 
 def checks(path: Path, start: int, end: int) -> list:
@@ -275,8 +421,14 @@ def checks(path: Path, start: int, end: int) -> list:
     found = []
     for i in range(start, end):
         cell = cells(path)[i]
-        if cell["cell_type"] == "code" and ASSERTS.search(source(cell)) and not {"export", "exporti"} & directives(cell).keys():
-            found.append((i, [k for k, pattern in KINDS.items() if re.search(pattern, source(cell))]))
+        if (
+            cell["cell_type"] == "code"
+            and ASSERTS.search(source(cell))
+            and not {"export", "exporti"} & directives(cell).keys()
+        ):
+            found.append(
+                (i, [k for k, pattern in KINDS.items() if re.search(pattern, source(cell))])
+            )
     return found
 
 
@@ -296,22 +448,51 @@ def statements() -> dict:
                     continue
                 tested = checks(path, i, end)
                 code = "\n".join(source(cells(path)[j]) for j, _ in tested)
-                used = [n for n, (_, d) in names.items() if d["kind"] == "function" and (n not in definitions(path) or modules()[names[n][0]] == path)
-                        and re.search(rf"(?<![.\w]){n}\(", code)]
+                used = [
+                    n
+                    for n, (_, d) in names.items()
+                    if d["kind"] == "function"
+                    and (n not in definitions(path) or modules()[names[n][0]] == path)
+                    and re.search(rf"(?<![.\w]){n}\(", code)
+                ]
                 functions = by_doc[s] or by_doc.get(heads(cell, s), []) or used
                 home = path
-                if not tested and functions:  # stated here, computed and checked where the function is
+                if (
+                    not tested and functions
+                ):  # stated here, computed and checked where the function is
                     home = modules()[names[functions[0]][0]]
                     cell_of = exporting_cell(home, functions[0])
-                    tested = [c for c in checks(home, cell_of, len(cells(home))) if f"{functions[0]}(" in source(cells(home)[c[0]])]
+                    tested = [
+                        c
+                        for c in checks(home, cell_of, len(cells(home)))
+                        if f"{functions[0]}(" in source(cells(home)[c[0]])
+                    ]
                 found[s].append((path, start, text, functions[:3], home, tested))
     return found
 
 
 # --- citations -------------------------------------------------------------------------------
 
-CITED = re.compile(r"(?<![A-Za-z])([A-Z][\w'éáö]+)(?:,? (?:et al\.?|(?:and|&) [A-Z]\w+)|-[A-Z]\w+|(?:, [A-Z]\w+)+ & [A-Z]\w+)?,? \(?((?:18|19|20)\d\d)\b")
-PLACES = {"ICLR", "ICML", "CVPR", "ICCV", "ECCV", "NeurIPS", "JMLR", "ISIT", "Statistics", "Biometrika", "Psychometrika", "Journal", "BASE", "Python", "In"}
+CITED = re.compile(
+    r"(?<![A-Za-z])([A-Z][\w'éáö]+)(?:,? (?:et al\.?|(?:and|&) [A-Z]\w+)|-[A-Z]\w+|(?:, [A-Z]\w+)+ & [A-Z]\w+)?,? \(?((?:18|19|20)\d\d)\b"
+)
+PLACES = {
+    "ICLR",
+    "ICML",
+    "CVPR",
+    "ICCV",
+    "ECCV",
+    "NeurIPS",
+    "JMLR",
+    "ISIT",
+    "Statistics",
+    "Biometrika",
+    "Psychometrika",
+    "Journal",
+    "BASE",
+    "Python",
+    "In",
+}
 
 
 def citations(text: str) -> set:
@@ -322,13 +503,19 @@ def citations(text: str) -> set:
 def entries() -> dict:
     "(first author, year) -> line of docs/bibliography.md; a second work of that author and year has the letter b after it."
     lines = (ROOT / "docs" / "bibliography.md").read_text(encoding="utf-8").splitlines()
-    return {m.groups(): line for line in lines if (m := re.match(r"- \*\*(\S+) (\d{4}b?)\*\*", line))}
+    return {
+        m.groups(): line for line in lines if (m := re.match(r"- \*\*(\S+) (\d{4}b?)\*\*", line))
+    }
 
 
 def leans_on(text: str, entry: str) -> bool:
     "Does a text name the work: by author and year, or by the words after `Here:`?"
     author, year = re.match(r"- \*\*(\S+) (\d{4}b?)\*\*", entry).groups()
     words = re.search(r"\bHere: ([^.]+)\.", entry)
-    alone = [author] * (len(author) > 4 and author not in ("Zhang", "Madry") and not year.endswith("b"))
+    alone = [author] * (
+        len(author) > 4 and author not in ("Zhang", "Madry") and not year.endswith("b")
+    )
     return (author, year) in citations(text) or any(
-        re.search(rf"\b{re.escape(w)}\b", text) for w in alone + (words[1].split(", ") if words else []))
+        re.search(rf"\b{re.escape(w)}\b", text)
+        for w in alone + (words[1].split(", ") if words else [])
+    )

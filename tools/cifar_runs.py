@@ -13,42 +13,37 @@ per attack the errors of each class and which images they are. `--until` and `--
 an unfinished run, which its record says; a later call goes on with it.
 `--data` names a folder with train/ and test/ of class folders, or 'cifar10' (torchvision).
 """
+
 import argparse
 import contextlib
 import importlib.util
 import json
 import tempfile
 import time
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fairmix_nb import compare
-from fairmix_nb import attacks
-from fairmix_nb.data import load
-from fairmix_nb.data import rank_in_class
-from fairmix_nb.data import write_aside
-from fairmix_nb.models import CIFAR_STD
-from fairmix_nb.models import build
-from fairmix_nb.models import fold_batchnorm
-from fairmix_nb.risk import classwise_risk
-from fairmix_nb.risk import pack_flags
-from fairmix_nb.train import ALL
-from fairmix_nb.train import TrainCfg
-from fairmix_nb.train import as_eps
-from fairmix_nb.train import attack_errors
-from fairmix_nb.train import checkpoints
-from fairmix_nb.train import fit
-from fairmix_nb.train import load_checkpoint
-from fairmix_nb.train import pick_device
-from fairmix_nb.train import provenance
-from fairmix_nb.train import resume
-from fairmix_nb.train import spread_subset
+from fairmix_nb import attacks, compare
+from fairmix_nb.data import load, rank_in_class, write_aside
+from fairmix_nb.models import CIFAR_STD, build, fold_batchnorm
+from fairmix_nb.risk import classwise_risk, pack_flags
+from fairmix_nb.train import (
+    ALL,
+    TrainCfg,
+    as_eps,
+    attack_errors,
+    checkpoints,
+    fit,
+    load_checkpoint,
+    pick_device,
+    provenance,
+    resume,
+    spread_subset,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
@@ -108,15 +103,18 @@ class Run:
     def cfg(self):
         "What the trainer is told, as plain data."
         law = dict(law=0.5) if self.lam == "half" else {}
-        return dict(
-            METHODS[self.method],
-            **RADII[self.radius],
-            **ATTACKS[self.attack],
-            **law,
-            lam_per="sample" if self.lam == "sample" else "batch",
-            epochs=FORMS[self.form]["epochs"],
-            seed=self.seed,
-        ) | self.more
+        return (
+            dict(
+                METHODS[self.method],
+                **RADII[self.radius],
+                **ATTACKS[self.attack],
+                **law,
+                lam_per="sample" if self.lam == "sample" else "batch",
+                epochs=FORMS[self.form]["epochs"],
+                seed=self.seed,
+            )
+            | self.more
+        )
 
 
 def runs_of(form, block, methods, radii, seeds, **kw):
@@ -155,8 +153,12 @@ GRID = [
     *runs_of("gpu", 5, ("mix_attack",), ["8"], 1),
     *runs_of("gpu", 6, ("natural", "at"), ["8"], 3, attack="pgd", **RARE),
     *runs_of("gpu", 6, ("natural", "at"), ["8"], 3, attack="pgd", weights="counts", **RARE),
-    *runs_of("gpu", 6, ("natural", "at"), ["8"], 3, attack="pgd", more=dict(logit_adjust=1.0), **RARE),
-    *runs_of("gpu", 6, ("mixup", "attack_mix"), ["8"], 3, attack="pgd", more=dict(partner="set"), **RARE),
+    *runs_of(
+        "gpu", 6, ("natural", "at"), ["8"], 3, attack="pgd", more=dict(logit_adjust=1.0), **RARE
+    ),
+    *runs_of(
+        "gpu", 6, ("mixup", "attack_mix"), ["8"], 3, attack="pgd", more=dict(partner="set"), **RARE
+    ),
 ]
 
 
@@ -182,8 +184,10 @@ def watch(model, images, cfg):
     cosine = alignment(fold_batchnorm(model), x, images.y, as_eps(cfg.eps, x), cfg.box, generator)
     row = {name: round(w.float().mean().item(), 4) for name, w in wrong.items()}
     y, n_cls = images.y.cpu().numpy(), images.n_cls
-    by_class = {name: classwise_risk(wrong[name].cpu().numpy(), y, n_cls).round(4).tolist()
-                for name in ("fgsm", "pgd-20")}
+    by_class = {
+        name: classwise_risk(wrong[name].cpu().numpy(), y, n_cls).round(4).tolist()
+        for name in ("fgsm", "pgd-20")
+    }
     return row | dict(alignment=round(cosine, 4), by_class=by_class)
 
 
@@ -196,7 +200,9 @@ def keep_row(path, epoch, row):
 def thinned(data, ratio, falling=True):
     "Training classes of geometrically falling (or rising) size, in the order of the labels."
     y, c = data.train.y.numpy(), np.arange(data.train.n_cls)
-    want = np.rint(np.bincount(y).min() * ratio ** (-(c if falling else c[::-1]) / (len(c) - 1))).astype(int)
+    want = np.rint(
+        np.bincount(y).min() * ratio ** (-(c if falling else c[::-1]) / (len(c) - 1))
+    ).astype(int)
     kept = rank_in_class(y, np.random.RandomState(0)) < want[y]
     train = data.train.subset(torch.from_numpy(np.flatnonzero(kept)))
     return replace(data, train=train, split=dict(data.split, per_class=want.tolist()))
@@ -212,7 +218,11 @@ def weights_of(run, data, args):
         path = args.records / f"{replace(run, weights='').name}.json"
         if not path.exists():
             raise FileNotFoundError(f"{run.name} needs the record {path.name}: run it first")
-        w = 1 - torch.tensor(json.loads(path.read_text())["pairs"]["confusion"]["pgd-20"]).diag() / 100
+        w = (
+            1
+            - torch.tensor(json.loads(path.read_text())["pairs"]["confusion"]["pgd-20"]).diag()
+            / 100
+        )
     return tuple((w / w.mean()).tolist())
 
 
@@ -286,8 +296,14 @@ def audit(model, images, cfg, names):
         broken |= wrong
         shown = wrong if raw else broken
         count = torch.bincount(images.y[shown], minlength=images.n_cls).tolist()
-        out[name] = dict(n=images.counts(), wrong=count, flags=pack_flags(shown.cpu().numpy()),
-                         raw=raw, attacked=len(idx), seconds=round(time.perf_counter() - start, 1))
+        out[name] = dict(
+            n=images.counts(),
+            wrong=count,
+            flags=pack_flags(shown.cpu().numpy()),
+            raw=raw,
+            attacked=len(idx),
+            seconds=round(time.perf_counter() - start, 1),
+        )
         print(f"{time.strftime('%H:%M:%S')}   {name} {sum(count) / len(images):.3f}", flush=True)
     return out
 
@@ -305,15 +321,29 @@ def probes(model, images, cfg):
     push = attacks.fgsm(net, x, y, eps, box=None, check=False) - x
     logits = net(x)
     offset = torch.randint(1, images.n_cls, y.shape, generator=generator, device=x.device)
-    labels = dict(true=y, predicted=logits.argmax(1), random=(y + offset) % images.n_cls,
-                  least=logits.argmin(1))
+    labels = dict(
+        true=y,
+        predicted=logits.argmax(1),
+        random=(y + offset) % images.n_cls,
+        least=logits.argmin(1),
+    )
     clip = lambda z: z if cfg.box is None else z.clamp(*cfg.box)
-    away = {k: risk(attacks.fgsm(net, x, v, eps, box=cfg.box, check=False))
-            for k, v in labels.items() if k in ("true", "predicted")}
-    towards = {k: risk(attacks.fgsm(net, x, v, eps, box=cfg.box, targeted=True, check=False))
-               for k, v in labels.items() if k in ("random", "least")}
-    return dict(step=[risk(clip(x + k * push)) for k in STEPS], steps=list(STEPS), away=away,
-                towards=towards)
+    away = {
+        k: risk(attacks.fgsm(net, x, v, eps, box=cfg.box, check=False))
+        for k, v in labels.items()
+        if k in ("true", "predicted")
+    }
+    towards = {
+        k: risk(attacks.fgsm(net, x, v, eps, box=cfg.box, targeted=True, check=False))
+        for k, v in labels.items()
+        if k in ("random", "least")
+    }
+    return dict(
+        step=[risk(clip(x + k * push)) for k in STEPS],
+        steps=list(STEPS),
+        away=away,
+        towards=towards,
+    )
 
 
 @torch.no_grad()
@@ -329,13 +359,16 @@ def pairs(model, images, cfg):
     distance = (centre[:, None] - centre[None]).norm(dim=-1)
     generator, confusion = torch.Generator(x.device).manual_seed(0), {}
     for name in ("clean", "pgd-20"):
-        said = [net(attacked(net, a, b, as_eps(cfg.eps, a), name, cfg.box, generator)).argmax(1)
-                for a, b in zip(x.split(250), y.split(250))]
+        said = [
+            net(attacked(net, a, b, as_eps(cfg.eps, a), name, cfg.box, generator)).argmax(1)
+            for a, b in zip(x.split(250), y.split(250))
+        ]
         found = torch.bincount(y * n + torch.cat(said), minlength=n * n).view(n, n)
         confusion[name] = found.tolist()
     rounded = lambda t: [[round(v, 4) for v in row] for row in t.tolist()]
-    return dict(part="validation", spread=rounded(spread), distance=rounded(distance),
-                confusion=confusion)
+    return dict(
+        part="validation", spread=rounded(spread), distance=rounded(distance), confusion=confusion
+    )
 
 
 def attacks_for(run):
@@ -352,17 +385,35 @@ def do_run(run, data, args):
     start, form = time.perf_counter(), FORMS[run.form]
     rows = json.loads((folder / "watched.json").read_text())
     images = spread_subset(data.test, form["audited"]).to(args.device)
-    kept = ("cfg", "data", "provenance", "device", "seconds", "gradient_evaluations",
-            "epochs_done", "finished")
+    kept = (
+        "cfg",
+        "data",
+        "provenance",
+        "device",
+        "seconds",
+        "gradient_evaluations",
+        "epochs_done",
+        "finished",
+    )
     if found["provenance"]["commit"] == args.origin["commit"]:
         found["provenance"] = args.origin  # the tree as it was before the first record
     record = dict(
-        schema=SCHEMA, kind="cifar10 run", name=run.name, form=run.form, block=run.block,
-        method=run.method, radius=run.radius, seed=run.seed, model="resnet20",
+        schema=SCHEMA,
+        kind="cifar10 run",
+        name=run.name,
+        form=run.form,
+        block=run.block,
+        method=run.method,
+        radius=run.radius,
+        seed=run.seed,
+        model="resnet20",
         **{k: found[k] for k in kept},
-        watched=WATCHED, curves=columns(found["curves"], rows),
-        test=images.digest(), attacks=audit(model, images, cfg, attacks_for(run)),
-        probes=probes(model, images, cfg), pairs=pairs(model, data.val.to(args.device), cfg),
+        watched=WATCHED,
+        curves=columns(found["curves"], rows),
+        test=images.digest(),
+        attacks=audit(model, images, cfg, attacks_for(run)),
+        probes=probes(model, images, cfg),
+        pairs=pairs(model, data.val.to(args.device), cfg),
         audit=dict(provenance=args.origin, seconds=round(time.perf_counter() - start, 1)),
     )
     write_aside(args.records / f"{run.name}.json", json.dumps(record))
@@ -398,8 +449,9 @@ def price_list(runs, args, n=49_000):
     "What is done, what is to do and what it will cost; audits add about a tenth on a GPU."
     found = {p.stem: json.loads(p.read_text()) for p in args.records.glob("*.json")}
     device = "cuda" if args.device == "cuda" or args.form == "gpu" else "cpu"
-    rates = [r["seconds"] / r["gradient_evaluations"] for r in found.values()
-             if r["device"] == device]
+    rates = [
+        r["seconds"] / r["gradient_evaluations"] for r in found.values() if r["device"] == device
+    ]
     rate = sum(rates) / len(rates) if rates else ASSUMED[device]
     total = 0
     for run in runs:
@@ -408,7 +460,9 @@ def price_list(runs, args, n=49_000):
         state = "to do" if missing(run, args) else "done"
         print(f"block {run.block}  {run.name:44} {state:6} {seconds:8.0f} s")
     how = f"measured by {len(rates)} records" if rates else "assumed"
-    print(f"{len(runs)} runs, {total / 3600:.1f} h to do; {rate:.2g} s a gradient ({device}, {how})")
+    print(
+        f"{len(runs)} runs, {total / 3600:.1f} h to do; {rate:.2g} s a gradient ({device}, {how})"
+    )
 
 
 def rehearsal(args):

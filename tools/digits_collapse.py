@@ -6,6 +6,7 @@
 
 The network and recipe of the digits chapter; three folds, so that each image is tested once.
 """
+
 import argparse
 import json
 from dataclasses import asdict
@@ -15,14 +16,10 @@ import torch
 from cifar_runs import alignment
 from digits_imbalanced import lean
 
-from fairmix_nb.data import load
-from fairmix_nb.data import write_aside
+from fairmix_nb.data import load, write_aside
 from fairmix_nb.models import build
 from fairmix_nb.risk import pack_flags
-from fairmix_nb.train import TrainCfg
-from fairmix_nb.train import attack_errors
-from fairmix_nb.train import fit
-from fairmix_nb.train import provenance
+from fairmix_nb.train import TrainCfg, attack_errors, fit, provenance
 
 ROOT, EPS = Path(__file__).resolve().parent.parent, (0.2, 0.3)
 MIX = ("attack", "mix")
@@ -39,21 +36,39 @@ METHODS = dict(
 def one(method, eps, seed, epochs):
     "Train, attack, and measure how well the gradients in the ball agree."
     data = load("digits", seed, progress=False)
-    cfg = TrainCfg(eps=eps, epochs=epochs, batch=64, lr=3e-3, seed=seed,
-                   schedule=("step", max(1, round(0.62 * epochs)), 0.1), **METHODS[method])
-    done = fit(build("small_cnn", 10, 1, seed), data, cfg, device="cpu", watched=epochs,
-               progress=False)
+    cfg = TrainCfg(
+        eps=eps,
+        epochs=epochs,
+        batch=64,
+        lr=3e-3,
+        seed=seed,
+        schedule=("step", max(1, round(0.62 * epochs)), 0.1),
+        **METHODS[method],
+    )
+    done = fit(
+        build("small_cnn", 10, 1, seed), data, cfg, device="cpu", watched=epochs, progress=False
+    )
     images = data.test.subset(torch.argsort(data.test.y, stable=True))
     wrong = attack_errors(done.model, images, eps, ("clean", "fgsm", "pgd-50"))
     generator = torch.Generator().manual_seed(seed)
     cosine = alignment(done.model, images.floats(), images.y, eps, (0.0, 1.0), generator)
     count = lambda w: torch.bincount(images.y[w], minlength=10).tolist()
-    attacks = {k: dict(n=images.counts(), wrong=count(w), flags=pack_flags(w.numpy()))
-               for k, w in wrong.items()}
+    attacks = {
+        k: dict(n=images.counts(), wrong=count(w), flags=pack_flags(w.numpy()))
+        for k, w in wrong.items()
+    }
     curves = {k: [round(c[k], 4) for c in done.curves] for k in ("clean", "fgsm", "pgd-5")}
-    return dict(method=method, eps=eps, seed=seed, cfg=asdict(cfg), alignment=round(cosine, 4),
-                curves=curves, attacks=attacks, seconds=round(done.record["seconds"], 2),
-                gradient_evaluations=done.record["gradient_evaluations"])
+    return dict(
+        method=method,
+        eps=eps,
+        seed=seed,
+        cfg=asdict(cfg),
+        alignment=round(cosine, 4),
+        curves=curves,
+        attacks=attacks,
+        seconds=round(done.record["seconds"], 2),
+        gradient_evaluations=done.record["gradient_evaluations"],
+    )
 
 
 def main(words=None):
@@ -69,9 +84,17 @@ def main(words=None):
         print(f"fold {seed}: {len(runs)} runs", flush=True)
     data = load("digits", 0, progress=False).describe()
     shared = lean(runs)
-    record = dict(schema=1, kind="digits collapse", epochs=args.epochs, cfg=shared, data=data,
-                  provenance=origin, device="cpu", runs=runs,
-                  seconds=round(sum(r["seconds"] for r in runs), 1))
+    record = dict(
+        schema=1,
+        kind="digits collapse",
+        epochs=args.epochs,
+        cfg=shared,
+        data=data,
+        provenance=origin,
+        device="cpu",
+        runs=runs,
+        seconds=round(sum(r["seconds"] for r in runs), 1),
+    )
     write_aside(args.out, json.dumps(record))
 
 

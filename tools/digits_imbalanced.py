@@ -8,6 +8,7 @@ The training part of each fold is thinned so that the class sizes fall geometric
 once in the order of the labels and once in the opposite one: over the pair every class is as often
 rare as common, so what a digit is worth by itself cancels. The test part stays balanced.
 """
+
 import argparse
 import json
 import math
@@ -16,18 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from cifar_runs import thinned
 from torch import nn
 
-from cifar_runs import thinned
-
-from fairmix_nb.data import load
-from fairmix_nb.data import write_aside
+from fairmix_nb.data import load, write_aside
 from fairmix_nb.models import build
 from fairmix_nb.risk import pack_flags
-from fairmix_nb.train import TrainCfg
-from fairmix_nb.train import attack_errors
-from fairmix_nb.train import fit
-from fairmix_nb.train import provenance
+from fairmix_nb.train import TrainCfg, attack_errors, fit, provenance
 
 ROOT, RATIO, EPS = Path(__file__).resolve().parent.parent, 10, 0.1
 # g = 1 is no mixing; fixed weights give g = 1/2 (k = 2) and 1/4 (k = 4); lambda ~ U(0,1) 2/3
@@ -80,8 +76,16 @@ def one(model, name, how, data, falling, seed, epochs):
     n = torch.bincount(data.train.y).float()
     weights = tuple((n.mean() / n).tolist()) if how.get("weights") else None
     lr = 3e-2 if model == "linear" else 3e-3
-    cfg = TrainCfg(eps=EPS, epochs=epochs, batch=64, lr=lr, seed=seed, class_weights=weights,
-                   schedule=("step", max(1, round(0.62 * epochs)), 0.1), **how["cfg"])
+    cfg = TrainCfg(
+        eps=EPS,
+        epochs=epochs,
+        batch=64,
+        lr=lr,
+        seed=seed,
+        class_weights=weights,
+        schedule=("step", max(1, round(0.62 * epochs)), 0.1),
+        **how["cfg"],
+    )
     net = network(model, how.get("tau", 0.0), n / n.sum(), seed)
     done = fit(net, data, cfg, device="cpu", watched=1, progress=False)
     net = done.model.net.eval()
@@ -90,12 +94,24 @@ def one(model, name, how, data, falling, seed, epochs):
     with torch.no_grad():
         said = torch.bincount(net(images.floats()).argmax(1), minlength=10).tolist()
     per_class = lambda w: torch.bincount(images.y[w], minlength=10).tolist()
-    attacks = {k: dict(n=images.counts(), wrong=per_class(w), flags=pack_flags(w.numpy()))
-               for k, w in wrong.items()}
-    return dict(model=model, method=name, family=how["family"], tau=how.get("tau", 0.0), seed=seed,
-                falling=falling, train=n.int().tolist(), predicted=said,
-                seconds=round(done.record["seconds"], 2), cfg=asdict(cfg), attacks=attacks,
-                gradient_evaluations=done.record["gradient_evaluations"])
+    attacks = {
+        k: dict(n=images.counts(), wrong=per_class(w), flags=pack_flags(w.numpy()))
+        for k, w in wrong.items()
+    }
+    return dict(
+        model=model,
+        method=name,
+        family=how["family"],
+        tau=how.get("tau", 0.0),
+        seed=seed,
+        falling=falling,
+        train=n.int().tolist(),
+        predicted=said,
+        seconds=round(done.record["seconds"], 2),
+        cfg=asdict(cfg),
+        attacks=attacks,
+        gradient_evaluations=done.record["gradient_evaluations"],
+    )
 
 
 def lean(runs):
@@ -125,10 +141,20 @@ def main(words=None):
                     runs.append(one(model, name, how, data, falling, seed, args.epochs))
             print(f"fold {seed}, {len(runs)} runs, {time.perf_counter() - start:.0f} s", flush=True)
     shared = lean(runs)
-    record = dict(schema=1, kind="digits imbalanced", ratio=RATIO, eps=EPS, epochs=args.epochs,
-                  cfg=shared, classes=list(whole.test.classes), data=whole.describe(),
-                  provenance=origin, device="cpu", runs=runs,
-                  seconds=round(sum(r["seconds"] for r in runs), 1))
+    record = dict(
+        schema=1,
+        kind="digits imbalanced",
+        ratio=RATIO,
+        eps=EPS,
+        epochs=args.epochs,
+        cfg=shared,
+        classes=list(whole.test.classes),
+        data=whole.describe(),
+        provenance=origin,
+        device="cpu",
+        runs=runs,
+        seconds=round(sum(r["seconds"] for r in runs), 1),
+    )
     assert all(math.isfinite(r["seconds"]) for r in runs)
     write_aside(args.out, json.dumps(record))
 

@@ -8,6 +8,7 @@ root or sign, two swapped arguments, a minimum for a maximum, a check left out. 
 cells then run in one process until one fails. Cells before the change are run once for all mutants
 and each mutant goes on from there in a fork of its own. Flagged cells are skipped, as in nbdev_test.
 """
+
 import argparse
 import ast
 import copy
@@ -20,23 +21,82 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import book  # noqa: E402
 
 MODULES = ["gaussian", "mixup", "theory", "tempering", "attacks", "risk"]
-BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
-          ast.Mod: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
-COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
-           ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
-NAMES = dict(min="max", max="min", amin="amax", amax="amin", nanmin="nanmax", nanmax="nanmin", minimum="maximum", maximum="minimum",
-             argmin="argmax", argmax="argmin", clamp_min="clamp_max", clamp_max="clamp_min", any="all", all="any", sum="mean", mean="sum",
-             floor="ceil", ceil="floor", sin="cos", cosh="sinh", sinh="cosh", zeros="ones", logical_or="logical_and", ppf="isf", isf="ppf",
-             log="log1p", log1p="log", nanmean="nanmax", nansum="nanmax")
-COMMUTE = {"_two_sum", "_two_prod", "maximum", "minimum", "hypot", "max", "min", "add", "multiply", "logaddexp", "isclose", "broadcast_shapes", "_broadcast"}
+BINARY = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+COMPARE = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+NAMES = dict(
+    min="max",
+    max="min",
+    amin="amax",
+    amax="amin",
+    nanmin="nanmax",
+    nanmax="nanmin",
+    minimum="maximum",
+    maximum="minimum",
+    argmin="argmax",
+    argmax="argmin",
+    clamp_min="clamp_max",
+    clamp_max="clamp_min",
+    any="all",
+    all="any",
+    sum="mean",
+    mean="sum",
+    floor="ceil",
+    ceil="floor",
+    sin="cos",
+    cosh="sinh",
+    sinh="cosh",
+    zeros="ones",
+    logical_or="logical_and",
+    ppf="isf",
+    isf="ppf",
+    log="log1p",
+    log1p="log",
+    nanmean="nanmax",
+    nansum="nanmax",
+)
+COMMUTE = {
+    "_two_sum",
+    "_two_prod",
+    "maximum",
+    "minimum",
+    "hypot",
+    "max",
+    "min",
+    "add",
+    "multiply",
+    "logaddexp",
+    "isclose",
+    "broadcast_shapes",
+    "_broadcast",
+}
 DROPPED = {"sqrt", "abs", "sign", "log", "exp", "square", "expm1"}
 
 
@@ -48,10 +108,15 @@ def changes(node) -> list:
     elif isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
             if type(op) in COMPARE:
-                ops = [*node.ops[:i], COMPARE[type(op)](), *node.ops[i + 1:]]
+                ops = [*node.ops[:i], COMPARE[type(op)](), *node.ops[i + 1 :]]
                 out.append(("comparison", ast.Compare(node.left, ops, node.comparators)))
     elif isinstance(node, ast.BoolOp):
-        out.append(("and/or", ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)))
+        out.append(
+            (
+                "and/or",
+                ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values),
+            )
+        )
     elif isinstance(node, ast.UnaryOp) and not isinstance(node.op, ast.UAdd):
         out.append(("sign dropped", node.operand))
     elif isinstance(node, ast.IfExp):
@@ -59,7 +124,9 @@ def changes(node) -> list:
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
         out.append(("constant", ast.Constant(node.value + 1)))
         if node.value not in (0, 1):
-            out.append(("constant", ast.Constant(-node.value if node.value < 10 else node.value // 2)))
+            out.append(
+                ("constant", ast.Constant(-node.value if node.value < 10 else node.value // 2))
+            )
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         out.append(("constant", ast.Constant(not node.value)))
     elif isinstance(node, ast.Call):
@@ -70,9 +137,22 @@ def changes(node) -> list:
             out.append((f"{name} -> {NAMES[name]}", ast.Call(func, node.args, node.keywords)))
         if name in DROPPED and (node.args or isinstance(node.func, ast.Attribute)):
             out.append((f"{name} dropped", node.args[0] if node.args else node.func.value))
-        if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]) and name not in COMMUTE | {"isinstance", "getattr", "hasattr"}:
-            out.append(("arguments swapped", ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)))
-    elif isinstance(node, (ast.Expr, ast.Raise)) and not isinstance(getattr(node, "value", None), ast.Constant):
+        if (
+            len(node.args) > 1
+            and not any(isinstance(a, ast.Starred) for a in node.args[:2])
+            and name not in COMMUTE | {"isinstance", "getattr", "hasattr"}
+        ):
+            out.append(
+                (
+                    "arguments swapped",
+                    ast.Call(
+                        node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords
+                    ),
+                )
+            )
+    elif isinstance(node, (ast.Expr, ast.Raise)) and not isinstance(
+        getattr(node, "value", None), ast.Constant
+    ):
         if isinstance(node, ast.Raise) or "_check" in ast.unparse(node):
             out.append(("check left out", ast.Pass()))
     return out
@@ -108,8 +188,15 @@ def mutants(tree) -> list:
                 after = ast.unparse(ast.fix_missing_locations(new))
                 if after != before:
                     text = ast.unparse(ast.fix_missing_locations(whole))
-                    found.append(dict(function=top.name, kind=kind, change=f"{' '.join(before.split())[:90]} -> {' '.join(after.split())[:90]}",
-                                      line=getattr(child, "lineno", top.lineno) - top.lineno, text=text))
+                    found.append(
+                        dict(
+                            function=top.name,
+                            kind=kind,
+                            change=f"{' '.join(before.split())[:90]} -> {' '.join(after.split())[:90]}",
+                            line=getattr(child, "lineno", top.lineno) - top.lineno,
+                            text=text,
+                        )
+                    )
     return found
 
 
@@ -128,7 +215,11 @@ def chosen(found: list, n: int, seed: int = 0) -> list:
 
 def runnable(cell) -> bool:
     found = book.directives(cell)
-    return cell["cell_type"] == "code" and found.get("eval") != "false" and not {"slow", "cuda"} & found.keys()
+    return (
+        cell["cell_type"] == "code"
+        and found.get("eval") != "false"
+        and not {"slow", "cuda"} & found.keys()
+    )
 
 
 def run(source: str, space: dict) -> None:
@@ -158,7 +249,7 @@ def forked(sources: list, space: dict, limit: float) -> tuple:
             with os.fdopen(read) as f:
                 said = f.read().split()
             return (said[0], int(said[1]) if said[1:] else None) if said else ("killed", None)
-        time.sleep(.005)
+        time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(read)
@@ -168,7 +259,11 @@ def forked(sources: list, space: dict, limit: float) -> tuple:
 def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
     "How many single changes there are, and the sampled ones (or the survivors of `before`) with what became of them."
     path = book.modules()[module]
-    cells = [(i, re.sub(r"^\s*[%!].*$", "pass", book.source(c), flags=re.M)) for i, c in enumerate(book.cells(path)) if runnable(c)]
+    cells = [
+        (i, re.sub(r"^\s*[%!].*$", "pass", book.source(c), flags=re.M))
+        for i, c in enumerate(book.cells(path))
+        if runnable(c)
+    ]
     every = []
     for i, source in cells:
         if {"export", "exporti"} & book.directives(book.cells(path)[i]).keys():
@@ -177,17 +272,28 @@ def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
     if before is not None:
         name = lambda m: (m["function"], m["kind"], m["change"], m["line"])
         again = {name(m) for m in before if m["result"] == "survived"}
-        sample, out = [m for m in every if name(m) in again], [m for m in before if name(m) not in again]
+        sample, out = (
+            [m for m in every if name(m) in again],
+            [m for m in before if name(m) not in again],
+        )
     os.chdir(book.NBS)
     _, took = forked(cells, dict(space), 600), time.time() - start
     assert _[0] == "survived", f"{path.name} fails unchanged in cell {_[1]}"
     import matplotlib.pyplot as plt
+
     for k, (i, source) in enumerate(cells):
         for m in (m for m in sample if m["cell"] == i):
-            rest = [(i, m["text"]), *cells[k + 1:]]
+            rest = [(i, m["text"]), *cells[k + 1 :]]
             result, by = forked(rest, space, 20 + 3 * took)
-            out.append({key: m[key] for key in ("function", "line", "kind", "change")} | dict(module=module, result=result, by=by))
-            print(f"{module} {m['function']}: {m['change']}: {result} {by or ''}", file=sys.stderr, flush=True)
+            out.append(
+                {key: m[key] for key in ("function", "line", "kind", "change")}
+                | dict(module=module, result=result, by=by)
+            )
+            print(
+                f"{module} {m['function']}: {m['change']}: {result} {by or ''}",
+                file=sys.stderr,
+                flush=True,
+            )
         run(source, space)
         plt.close("all")
     return len(every), out
@@ -206,40 +312,79 @@ def tallied(found: list, sites: int) -> dict:
             m["why"] = explanation(m)
     alive = [m for m in found if m["result"] == "survived"]
     same, killed = sum(m["why"].startswith("equivalent") for m in alive), len(found) - len(alive)
-    return dict(sites=sites, sampled=len(found), killed=killed, equivalent=same, score=round(killed / max(1, len(found) - same), 4))
+    return dict(
+        sites=sites,
+        sampled=len(found),
+        killed=killed,
+        equivalent=same,
+        score=round(killed / max(1, len(found) - same), 4),
+    )
 
 
 def main() -> int:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("modules", nargs="*", default=MODULES)
     ap.add_argument("--sample", type=int, default=40, help="mutants a module (default: 40)")
-    ap.add_argument("--again", action="store_true", help="only the survivors of the record, after the notebook has changed")
-    ap.add_argument("--explain", action="store_true", help="run nothing: only explain the survivors of the record anew")
-    ap.add_argument("--record", type=Path, help="write the record there, beside what it holds of other modules")
+    ap.add_argument(
+        "--again",
+        action="store_true",
+        help="only the survivors of the record, after the notebook has changed",
+    )
+    ap.add_argument(
+        "--explain",
+        action="store_true",
+        help="run nothing: only explain the survivors of the record anew",
+    )
+    ap.add_argument(
+        "--record", type=Path, help="write the record there, beside what it holds of other modules"
+    )
     args = ap.parse_args()
     os.environ.update(MPLBACKEND="agg", IN_TEST="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
     path, start = args.record and book.ROOT / args.record, time.time()
-    record = json.loads(path.read_text()) if path and path.exists() else dict(schema=1, kind="mutation", provenance={}, modules={}, mutants=[])
+    record = (
+        json.loads(path.read_text())
+        if path and path.exists()
+        else dict(schema=1, kind="mutation", provenance={}, modules={}, mutants=[])
+    )
     from fairmix_nb.train import provenance
+
     origin = provenance()
     record["provenance"] = origin
     for module in args.modules:
         before = [m for m in record["mutants"] if m["module"] == module]
         told = record["modules"].get(module, {})
-        sites, found = (told.get("sites"), before) if args.explain else module_mutants(module, args.sample, before if args.again else None)
+        sites, found = (
+            (told.get("sites"), before)
+            if args.explain
+            else module_mutants(module, args.sample, before if args.again else None)
+        )
         if not found:
             continue
-        ran = told if args.explain else dict(seconds=round(time.time() - start), commit=origin["commit"])
+        ran = (
+            told
+            if args.explain
+            else dict(seconds=round(time.time() - start), commit=origin["commit"])
+        )
         record["modules"][module] = told = {**ran, **tallied(found, sites)}
         record["mutants"] = [m for m in record["mutants"] if m["module"] != module] + found
         print(module, told, flush=True)
         for m in found:
             if m["result"] == "survived":
-                print(f"survived: {m['module']}.{m['function']}: {m['change']}  ({m['why'] or 'NOT EXPLAINED'})", flush=True)
+                print(
+                    f"survived: {m['module']}.{m['function']}: {m['change']}  ({m['why'] or 'NOT EXPLAINED'})",
+                    flush=True,
+                )
     if path:
         path.write_text(json.dumps(record, indent=1) + "\n")
     chosen_rows = [m for m in record["mutants"] if m["module"] in args.modules]
-    return 0 if all(record["modules"][m]["score"] >= .95 for m in args.modules) and all(m.get("why", "x") for m in chosen_rows) else 1
+    return (
+        0
+        if all(record["modules"][m]["score"] >= 0.95 for m in args.modules)
+        and all(m.get("why", "x") for m in chosen_rows)
+        else 1
+    )
 
 
 if __name__ == "__main__":

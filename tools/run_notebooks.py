@@ -10,6 +10,7 @@ widget). `--check` writes nothing and exits 1 where an output differs: text must
 numbers to 1 in 1,000; a cell marked `#| structure` (results that vary with the processor) may
 differ in its numbers; of pictures and HTML only the kind is compared.
 """
+
 import argparse
 import copy
 import os
@@ -33,11 +34,16 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|[-+]?\.\d+(?:[eE][-+]?
 
 class Client(NotebookClient):
     "Runs only the cells that nbdev_test would run."
+
     skip: frozenset = frozenset()
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         found = directives(cell)
-        if cell.cell_type != "code" or found.get("eval", "").lower() == "false" or self.skip & found.keys():
+        if (
+            cell.cell_type != "code"
+            or found.get("eval", "").lower() == "false"
+            or self.skip & found.keys()
+        ):
             return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
@@ -53,8 +59,13 @@ def execute(path: Path, skip: frozenset):
     nb = from_dict(copy.deepcopy(dict(read_nb(path))))
     for cell in nb.cells:
         cell.pop("idx_", None)
-    client = Client(nb, timeout=1200, kernel_name="python3", coalesce_streams=True,
-                    resources={"metadata": {"path": str(path.parent)}})
+    client = Client(
+        nb,
+        timeout=1200,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     client.skip = skip
     client.execute()
     for key in ("language_info", "widgets"):
@@ -62,7 +73,11 @@ def execute(path: Path, skip: frozenset):
     for cell in nb.cells:
         without_widgets(cell)
     nb = dict2nb(nb)
-    clean_nb(nb, clean_ids=True)
+    clean_nb(
+        nb,
+        clean_ids=True,
+        allowed_cell_metadata_keys=get_config().allowed_cell_metadata_keys.split(),
+    )
     return nb
 
 
@@ -79,7 +94,9 @@ def differs(old: str, new: str, loose: bool) -> bool:
     if NUMBER.sub("#", old) != NUMBER.sub("#", new):
         return True
     pairs = zip(NUMBER.findall(old), NUMBER.findall(new))
-    return not loose and any(abs(float(a) - float(b)) > 1e-3 * max(1e-3, abs(float(a))) for a, b in pairs)
+    return not loose and any(
+        abs(float(a) - float(b)) > 1e-3 * max(1e-3, abs(float(a))) for a, b in pairs
+    )
 
 
 def differences(old, new) -> list[str]:
@@ -90,10 +107,14 @@ def differences(old, new) -> list[str]:
             continue
         loose = "structure" in directives(a)
         if [shape_of(o) for o in a["outputs"]] != [shape_of(o) for o in b["outputs"]]:
-            out.append(f"cell {i}: stored {[shape_of(o) for o in a['outputs']]}, now {[shape_of(o) for o in b['outputs']]}")
+            out.append(
+                f"cell {i}: stored {[shape_of(o) for o in a['outputs']]}, now {[shape_of(o) for o in b['outputs']]}"
+            )
         else:
             for o, n in zip(a["outputs"], b["outputs"]):
-                picture = any(kind.startswith("image/") or kind == "text/html" for kind in o.get("data", {}))
+                picture = any(
+                    kind.startswith("image/") or kind == "text/html" for kind in o.get("data", {})
+                )
                 if not picture and differs(text_of(o), text_of(n), loose):
                     out.append(f"cell {i}: stored {text_of(o)[:300]!r}, now {text_of(n)[:300]!r}")
     return out
@@ -118,7 +139,9 @@ def handle(path: Path, skip: frozenset, check: bool) -> bool:
 
 
 def main() -> int:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("notebooks", nargs="*", type=Path)
     ap.add_argument("--check", action="store_true", help="compare, write nothing")
     ap.add_argument("--flags", default="", help="flags whose cells are run too")
@@ -129,11 +152,17 @@ def main() -> int:
     paths = args.notebooks or sorted((root / "nbs").glob("*.ipynb"))
     if missing := [str(p) for p in paths if not p.is_file()]:
         ap.error("no such notebook: " + ", ".join(missing))
-    os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", PYTHONHASHSEED="0",
-                      PYTHONPATH=os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        TQDM_DISABLE="1",
+        PYTHONHASHSEED="0",
+        PYTHONPATH=os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    )
     skip = frozenset(cfg.tst_flags.split()) - set(args.flags.split())
     with ThreadPoolExecutor(args.workers) as pool:
-        return 0 if all(list(pool.map(lambda p: handle(p.resolve(), skip, args.check), paths))) else 1
+        return (
+            0 if all(list(pool.map(lambda p: handle(p.resolve(), skip, args.check), paths))) else 1
+        )
 
 
 if __name__ == "__main__":
