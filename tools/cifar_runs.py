@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train and audit the CIFAR-10 runs behind nbs/14_cifar10.ipynb: those whose records are missing.
+"""Train and audit the CIFAR-10 runs behind nbs/22_cifar10.ipynb: those whose records are missing.
 
     python tools/cifar_runs.py --list                           # the grid and its price
     python tools/cifar_runs.py --form cpu                       # the short form, block by block
