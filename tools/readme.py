@@ -28,7 +28,8 @@ def readme() -> str:
         for output in cell.get("outputs", []):
             if any(kind.startswith("image/") for kind in output.get("data", {})):
                 sys.exit(
-                    "index.ipynb: show figures as ![alt](file) in a text cell, not as a cell's output"
+                    """index.ipynb: show figures as ![alt](file) in a text cell, not as a cell's
+                    output"""
                 )
     nb.metadata["language_info"] = {"name": "python"}  # the name on the code fences
     text, _ = MarkdownExporter().from_notebook_node(nb)
