@@ -25,7 +25,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "tools"))
 import book  # noqa: E402
 
-REPOSITORY = "https://github.com/fairmix-nb/fairmix_nb/blob/main/"
+REPOSITORY = "{git_url}/blob/{branch}/".format(**book.settings())
 
 
 # --- pages ---------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def text_of(cell) -> str:
     text = text.replace("](../.github/CONTRIBUTING.md)", "](contributing.md)").replace(
         "](../docs/", "]("
     )
-    return re.sub(r"\]\(\.\./([^)]*)\)", rf"]({REPOSITORY}\1)", text)
+    return book.addressed(re.sub(r"\]\(\.\./([^)]*)\)", rf"]({REPOSITORY}\1)", text))
 
 
 def staged(path: Path) -> dict:

@@ -9,12 +9,29 @@ import io
 import json
 import re
 import tokenize
+from configparser import ConfigParser
 from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+):?[ \t]*(.*?)\s*$", re.M)
+
+
+def settings() -> dict:
+    "What settings.ini says."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def addressed(text: str) -> str:
+    "Addresses in place of their short forms."
+    cfg = settings()
+    colab = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/".format(
+        **cfg
+    )
+    return text.replace("{git_url}", cfg["git_url"]).replace("(colab:", f"({colab}")
 
 
 def source(cell) -> str:
