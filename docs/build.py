@@ -234,7 +234,8 @@ def stage(to: Path) -> None:
     glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
     (to / "glossary.md").write_text(glossary.replace("](../nbs/", "]("), encoding="utf-8")
     shutil.copy(DOCS / "CHANGELOG.md", to / "changelog.md")
-    shutil.copy(DOCS.parent / ".github" / "CONTRIBUTING.md", to / "contributing.md")
+    contributing = (DOCS.parent / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (to / "contributing.md").write_text(contributing.replace("](../nbs/", "]("), encoding="utf-8")
     shutil.copy(DOCS / "conf.py", to)
     (to / "_static").mkdir()
     for name in ("book.css", "icon.svg"):
