@@ -275,6 +275,10 @@ class Threat:
         return self.eps
 
 # %% ../nbs/07_attacks.ipynb #438ddbbe
+def _clip(z, box):
+    return z if box is None else z.clamp(*box)
+
+
 @patch
 def clip(
     self: Threat,
@@ -307,10 +311,6 @@ def scaled(
     return replace(self, eps=tuple(eps) if isinstance(self.eps, tuple) else eps[0])
 
 # %% ../nbs/07_attacks.ipynb #183f6f87
-def _clip(z, box):
-    return z if box is None else z.clamp(*box)
-
-
 def _as_given(eps, norm, box, x):
     "Radius, norm and valid range: those of a `Threat`, or as they were given"
     return (eps.of(x), eps.norm, eps.box) if isinstance(eps, Threat) else (eps, norm, box)
