@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['GaussianPair', 'rescale', 'linear_risk', 'z_scores', 'class_risk', 'log_class_risk', 'overall_risk', 'gap',
-           'mc_class_risk']
+           'mc_class_risk', 'robust_direction']
 
 # %% ../nbs/01_gaussian.ipynb #88ffc1e4
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.linalg import solve_triangular
+from scipy.optimize import brentq, lsq_linear
 from scipy.special import log_ndtr, ndtr
 
 # %% ../nbs/01_gaussian.ipynb #77a7bdb2
@@ -254,3 +256,88 @@ def mc_class_risk(
     k = np.array(wrong)
     smooth = (k + 1) / (n + 2)  # never 0 or 1, so that no standard error is 0
     return k / n, np.sqrt(smooth * (1 - smooth) / n)
+
+# %% ../nbs/01_gaussian.ipynb #10d11e2f
+def _dual(w, norm):
+    "What a unit of radius costs the margin of the weights w."
+    return np.abs(w).sum(-1) if norm == "linf" else np.linalg.norm(w, axis=-1)
+
+
+def _check_moments(delta, cov, eps, norm):
+    "Refuse what is not two clouds that the adversary leaves apart."
+    delta, cov, eps = _reals(delta=delta, cov=cov, eps=eps)
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
+    if delta.ndim != 1 or cov.shape != 2 * delta.shape or eps.ndim:
+        shapes = f"{delta.shape}, {cov.shape} and {eps.shape}"
+        raise ValueError(f"delta, cov and eps must have shapes (d,), (d, d) and (), got {shapes}")
+    _check(~np.isfinite(delta), "delta must be finite", delta)
+    _check(~((eps >= 0) & np.isfinite(eps)), "eps must be finite and >= 0", eps)
+    half = np.abs(delta).max() / 2 if norm == "linf" else np.linalg.norm(delta / 2)
+    _check(~(eps < half), f"eps must be less than half the distance of the means, {half:.6g}", eps)
+    size = np.sqrt(np.abs(cov.diagonal()))
+    if not np.allclose(cov, cov.T, 0, 1e-12 * size.max() ** 2):
+        raise ValueError("cov must be symmetric, got another matrix")
+    low = np.linalg.eigvalsh(cov / size.max() ** 2)[0]
+    _check(~(low > 0), "cov must be positive definite: its least eigenvalue", low * size.max() ** 2)
+    return delta, cov, eps
+
+# %% ../nbs/01_gaussian.ipynb #5d0c9e77
+def robust_direction(
+    delta: np.ndarray,  # `(d,)` mean of class +1 minus mean of class -1
+    cov: np.ndarray,  # `(d, d)` common shape of the covariances, symmetric positive definite
+    eps: float = 0.0,  # radius of the adversary's ball, >= 0, balls about the means disjoint
+    norm: str = "linf",  # the ball: 'linf' (a box) or 'l2'
+) -> tuple:  # weights w `(d,)` with w' cov w = 1, and D = w' delta - 2 eps |w|_*, a number > 0
+    "The direction in which two clouds stay farthest apart under attack, and how far - ours"
+    delta, cov, eps = _check_moments(delta, cov, eps, norm)
+    k = np.frexp(np.sqrt(cov.diagonal().max()))[1]  # a unit of its own, as in `rescale`
+    delta, cov, r = np.ldexp(delta, -k), np.ldexp(cov, -2 * k), np.ldexp(2 * eps, -k)
+    w = (_box_weights if norm == "linf" else _ball_weights)(delta, cov, r)
+    D = np.sqrt(w @ cov @ w)
+    return np.ldexp(w / D, -k), D
+
+
+def _box_weights(delta, cov, r):
+    "Inverse of cov, times the shortest way from delta to the box of half-width r."
+    white = solve_triangular(np.linalg.cholesky(cov), np.eye(len(delta)), lower=True)
+    v = lsq_linear(white, white @ delta, (-r, r), "bvls", 1e-14).x if r else np.zeros_like(delta)
+    on = np.abs(v) >= r * (1 - 1e-9)  # at a wall of the box; elsewhere the weight is 0
+    w = np.zeros_like(delta)
+    w[on] = np.linalg.solve(cov[np.ix_(on, on)], delta[on] - r * np.sign(v[on]))
+    return w
+
+
+def _ball_weights(delta, cov, r):
+    "Inverse of cov + tau, times delta, with tau such that the way ends on the ball of radius r."
+    lam, axes = np.linalg.eigh(cov)
+    a, size = axes.T @ delta, np.linalg.norm(delta)
+    low, high = (r * lam[i] / (size - r) for i in (0, -1))
+    miss = np.vectorize(lambda tau: np.linalg.norm(a * tau / (tau + lam)) - r)
+    tau = brentq(miss, low * (1 - 1e-12), high * (1 + 1e-12), xtol=1e-300, rtol=1e-15) if r else 0
+    return axes @ (a / (tau + lam))
+
+# %% ../nbs/01_gaussian.ipynb #4c0cdd21
+def _from_moments(
+    cls,
+    mean_pos: np.ndarray,  # `(d,)` mean of class +1
+    mean_neg: np.ndarray,  # `(d,)` mean of class -1, its sign not turned
+    cov: np.ndarray,  # `(d, d)` shape of both covariances
+    prior: float,  # P(y = +1), in [0, 1]
+    eps: float = 0.0,  # radius of the adversary, in the unit of the means
+    norm: str = "linf",  # its ball: 'linf' (a box) or 'l2'
+    *,
+    sigma: tuple = (1.0, 1.0),  # the covariance of class +1 is `sigma[0]**2 * cov`, of -1 [1]
+    w: np.ndarray = None,  # weights `(d,)` of a line; None: the `robust_direction`
+) -> GaussianPair:  # one feature, the score w'x with w' cov w = 1; means less what the attack costs
+    "Any two clouds of one shape, and an adversary in a box or a ball, as one `GaussianPair` - ours"
+    mean_pos, mean_neg, eps = _reals(mean_pos=mean_pos, mean_neg=mean_neg, eps=eps)
+    _broadcast(mean_pos=mean_pos, mean_neg=mean_neg)
+    best, _ = robust_direction(mean_pos - mean_neg, cov, eps if w is None else 0.0, norm)
+    if w is not None:
+        best = np.asarray(w, dtype=float) / np.sqrt(w @ np.asarray(cov, dtype=float) @ w)
+    cost = eps * _dual(best, norm)
+    return cls(best @ mean_pos - cost, -(best @ mean_neg) - cost, *sigma, 1, prior)
+
+
+GaussianPair.from_moments = classmethod(_from_moments)
