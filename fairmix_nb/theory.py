@@ -7,10 +7,10 @@ __all__ = ['log_odds', 'threshold', 'optimal_risk']
 
 # %% ../nbs/03_theory.ipynb #ac981668
 import numpy as np
-from scipy.special import erfcx
+from scipy.special import erfcx, ndtr
 
 from .gaussian import GaussianPair, _broadcast, _check, _check_g_eps, _reals, _two_prod
-from .gaussian import _two_sum, class_risk
+from .gaussian import _two_sum, rescale
 
 # %% ../nbs/03_theory.ipynb #e0fb97c1
 def log_odds(
@@ -34,34 +34,39 @@ def threshold(
     eps: float = 0.0,  # radius the line is trained against, >= 0
 ) -> np.ndarray:  # t = b/w of the optimal line; +inf: always +1, -inf: always -1
     "The line of least overall risk - Thms 3, 4, eqs. (2), (4), (12), (13), (19), (28), (29), (36)"
-    g, eps = _reals(g=g, eps=eps)
+    t, _, _, k = _crossing(p, *_reals(g=g, eps=eps))
+    return np.ldexp(t, k)[()]
+
+
+def _crossing(p, g, eps):
+    "The best line in the unit `2**k`, infinite for a constant; S and L of its margins; k."
     _check_g_eps(g, eps)
     _broadcast(g=g, eps=eps, p=np.empty(p.shape))
+    p, eps, k = rescale(p, eps)
     s_p, s_m, d = (np.asarray(v, dtype=float) for v in (p.sigma_pos, p.sigma_neg, p.d))
     total, err = _two_sum(np.asarray(p.mu_pos), p.mu_neg)
     M = (total - 2 * eps) + err
-    _check(~(M > 0), "mu_pos + mu_neg - 2 eps must be > 0", M)
+    _check(~(M > 0), "mu_pos + mu_neg - 2 eps must be > 0", np.ldexp(M, k))
     L = log_odds(p)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         c = 2 * g * L * (s_m - s_p) * (s_m + s_p) / d
-        k = np.sqrt(np.abs(c))
-        Q = np.where(c >= 0, np.hypot(M, k), np.sqrt(M - k) * np.sqrt(M + k))  # NaN: none
-        t = d * ((p.mu_neg - eps) * s_p - (p.mu_pos - eps) * s_m) / (
-            s_p + s_m
-        ) + 2 * g * s_p * s_m * L / (M + Q)
+        root = np.sqrt(np.abs(c))
+        Q = np.where(c >= 0, np.hypot(M, root), np.sqrt(M - root) * np.sqrt(M + root))  # NaN: none
+        fair = d * ((p.mu_neg - eps) * s_p - (p.mu_pos - eps) * s_m) / (s_p + s_m)
+        t = fair + 2 * g * s_p * s_m * L / (M + Q)
         S = np.sqrt(d / g) * (M + Q) / (s_p + s_m)
-    return _or_constant(t, S, L, p)
+    return _or_constant(t, S, L, p, Q > 0), S, L, k
 
 
-def _or_constant(t, S, L, p):
+def _or_constant(t, S, L, p, valley):
     "t, or the infinity of the constant classifier where that one has the smaller risk."
     side = np.sign(np.subtract(p.sigma_pos, p.sigma_neg))  # the only constant that can win
     wide, narrow = np.maximum(p.sigma_pos, p.sigma_neg), np.minimum(p.sigma_pos, p.sigma_neg)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         z_wide, z_narrow = S / 2 + side * L / S, S / 2 - side * L / S
         wins = wide * erfcx(z_wide / np.sqrt(2)) <= narrow * erfcx(-z_narrow / np.sqrt(2))
-    t = np.where((side == 0) | wins, t, np.copysign(np.inf, side))
-    return np.where(np.isinf(L), L, t)[()]
+    t = np.where((side == 0) | (wins & valley), t, np.copysign(np.inf, side))
+    return np.where(np.isinf(L), L, t)
 
 # %% ../nbs/03_theory.ipynb #58524649
 def optimal_risk(
@@ -72,5 +77,17 @@ def optimal_risk(
     eps_test: float = None,  # radius it is measured at; None: `eps`; 0: natural risk
 ) -> np.ndarray:  # `(..., 2)` risks in the order (+1, -1)
     "Risks of the line optimal at (g, eps), measured at (g_test, eps_test) - Props 1-2, Thms 3-4"
-    t = threshold(p, g, eps)
-    return class_risk(t, p, g if g_test is None else g_test, eps if eps_test is None else eps_test)
+    g, eps = _reals(g=g, eps=eps)
+    g_test, eps_test = _reals(
+        g_test=g if g_test is None else g_test, eps_test=eps if eps_test is None else eps_test
+    )
+    _check_g_eps(g_test, eps_test)
+    shape = _broadcast(g=g, eps=eps, g_test=g_test, eps_test=eps_test, p=np.empty(p.shape))
+    t, S, L, k = _crossing(p, g, eps)
+    risks = np.empty(shape + (2,))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for i, (sign, sigma) in enumerate([(1, p.sigma_pos), (-1, p.sigma_neg)]):
+            more = np.ldexp(eps - eps_test, -k) / np.ldexp(sigma, -k)  # margin given back
+            z = (np.sqrt(g) * (S / 2 + sign * L / S) + np.sqrt(p.d) * more) / np.sqrt(g_test)
+            risks[..., i] = np.where(np.isinf(t), t < 0 if sign > 0 else t > 0, ndtr(-z))
+    return risks

@@ -44,7 +44,7 @@ def test_the_map_would_notice_a_missing_statement():
         book.claimed(cell) == {"Theorem 3", "(20)", "(37)"}
         and book.heads(cell, "(37)") == "Theorem 3"
     )
-    assert not book.checks(book.NBS / "01_gaussian.ipynb", 11, 12)  # a cell that only displays
+    assert not book.checks(book.NBS / "01_gaussian.ipynb", 13, 14)  # a cell that only displays
 
 
 def test_the_index_tells_the_same_places():
