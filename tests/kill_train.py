@@ -1,4 +1,5 @@
-"""Kill a training run at random moments, resume it, compare the bits with a run that was left alone.
+"""Kill a training run at random moments, resume it, compare the bits with a run that was left
+alone.
 
     python tests/kill_train.py 20 nbs/results/kill_resume.json
 

@@ -1,6 +1,7 @@
 """What a reader sees in a real browser: JupyterLab, Voila and the built site (pytest -m browser).
 
-Needs Chromium and `pip install -e '.[dev,browser,docs]'`. Set FAIRMIX_SHOTS to a folder to keep the screenshots.
+Needs Chromium and `pip install -e '.[dev,browser,docs]'`. Set FAIRMIX_SHOTS to a folder to keep
+the screenshots.
 """
 
 import functools
@@ -29,7 +30,8 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update"""
     "--disable-sync --mute-audio"
 ).split()
 LOCAL = re.compile(r"^(data:|blob:|about:|(https?|wss?)://(127\.0\.0\.1|localhost)[:/])")
@@ -103,7 +105,8 @@ def notebook(path, *sources):
 
 
 def workplace(top) -> dict:
-    "A copy of the notebooks without their flagged cells and outputs, the tools beside it, and an environment of its own."
+    """A copy of the notebooks without their flagged cells and outputs, the tools beside it, and an
+    environment of its own."""
     shutil.copytree(ROOT / "nbs", top / "nbs")
     (top / "tools").symlink_to(ROOT / "tools")
     for path in (top / "nbs").glob("*.ipynb"):
@@ -205,7 +208,8 @@ def open_notebook(page, lab, name):
 
 def close_notebook(page):
     page.evaluate(
-        "async () => { const w = window.jupyterapp.shell.currentWidget; await w.context.save(); await w.sessionContext.shutdown(); }"
+        """async () => { const w = window.jupyterapp.shell.currentWidget; await w.context.save();
+        await w.sessionContext.shutdown(); }"""
     )
 
 

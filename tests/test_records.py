@@ -1,4 +1,5 @@
-"The records behind chapter 14 say all that is needed to trust a number, and their flags are their counts."
+"""The records behind chapter 14 say all that is needed to trust a number, and their flags are
+their counts."""
 
 import importlib.util
 import json
