@@ -123,9 +123,9 @@ def workplace(top) -> dict:
         path.write_text(json.dumps(nb))
     notebook(
         top / "nbs" / "bars.ipynb",
-        "from fairmix_nb.data import load\nfrom fairmix_nb.models import build\nfrom fairmix_nb.train import TrainCfg, fit",
-        "cfg = TrainCfg(('attack',), eps=.1, epochs=12, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
-        "endless = TrainCfg(('attack',), eps=.1, epochs=9999, batch=64)\nfit(build('small_cnn', 10, 1), load('digits'), endless)",
+        "from fairmix_nb import TrainCfg, build, fit, load",
+        "cfg = TrainCfg(eps=.1, epochs=12, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
+        "endless = TrainCfg(eps=.1, epochs=9999, batch=64)\nfit(build('small_cnn', 10, 1), load('digits'), endless)",
         "6 * 7",
     )
     notebook(top / "nbs" / "explore.ipynb", "from fairmix_nb.synthetic import explore\nexplore()")

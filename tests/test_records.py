@@ -75,9 +75,7 @@ def test_a_run_is_complete(path, script):
     run = next(run for run in script.GRID if run.name == r["name"])
     recipe, way = (r["cfg"], r["way"]) if "way" in r else split_cfg(r["cfg"])
     planned = json.loads(json.dumps(asdict(run.cfg)))
-    assert {k: v for k, v in recipe.items() if k != "epochs"} == {
-        k: v for k, v in planned.items() if k != "epochs"
-    }
+    assert recipe == planned
     if not run.weights:
         assert describe(described(way)) == describe(run.way())
     assert r["cfg"]["seed"] == r["seed"] and r["epochs_done"] <= r["cfg"]["epochs"]
@@ -112,7 +110,7 @@ def test_the_imbalanced_digits_are_complete():
     keys = [(run["model"], run["method"], run["seed"], run["falling"]) for run in r["runs"]]
     assert len(set(keys)) == len(keys) == 2 * len(methods) * 3 * 2
     for run in r["runs"]:
-        assert run["cfg"].keys().isdisjoint(r["cfg"]) and len(r["cfg"]) + len(run["cfg"]) >= 20
+        assert run["cfg"].keys().isdisjoint(r["cfg"]) and len(r["cfg"]) + len(run["cfg"]) >= 17
         assert max(run["train"]) / min(run["train"]) == pytest.approx(r["ratio"], rel=0.1)
         assert sum(run["predicted"]) == sum(run["attacks"]["clean"]["n"])
         check_attacks(run["attacks"], cumulative=False)
