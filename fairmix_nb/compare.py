@@ -54,7 +54,9 @@ def named(
         name = m if isinstance(m, str) else getattr(m, "__name__", type(m).__name__.lower())
         name = known[0] if known else name
         if name in found:
-            raise ValueError(f"methods must all be different, got {name!r} twice: name them in a dict")
+            raise ValueError(
+                f"methods must all be different, got {name!r} twice: name them in a dict"
+            )
         found[name] = one_of_methods(m)
     if not found:
         raise ValueError(f"methods must be at least one of {', '.join(METHODS)}, got none")
@@ -117,7 +119,9 @@ def trained(plan, name, seed, data, progress):
 def attacked(model, images, threat, attacks, progress=False):
     "The outcome of attacks on test images, put in order of class first."
     images = images.subset(torch.argsort(images.y, stable=True))
-    return outcome_of(attack_errors(model, images, threat, attacks, progress=progress), images, threat)
+    return outcome_of(
+        attack_errors(model, images, threat, attacks, progress=progress), images, threat
+    )
 
 
 def one_run(plan, data, seed, name, progress=False):
@@ -180,7 +184,9 @@ def compare(
     first, notes = part(seeds[0]), []
     cfg = cfg or fitting(base[1], len(first.train), notes)
     check_data(first, seeds, cfg, attacks)
-    plan = Plan(cfg, methods, model, tuple(attacks), device, out and Path(out).resolve(), start_from)
+    plan = Plan(
+        cfg, methods, model, tuple(attacks), device, out and Path(out).resolve(), start_from
+    )
     record = new_record(first, seeds, plan, load_kw, notes)
     if out:
         open_folder(Path(out), record, resume)
@@ -543,7 +549,11 @@ def plot(
 def save_comparison(c, out):
     "record.json, then curves.csv and figure.png in `out`."
     write_aside(out / "record.json", json.dumps(c.record, indent=1))
-    rows = [dict(row, method=r["method"], seed=r["seed"]) for r in c.record["runs"] for row in r["curves"]]
+    rows = [
+        dict(row, method=r["method"], seed=r["seed"])
+        for r in c.record["runs"]
+        for row in r["curves"]
+    ]
     write_aside(out / "curves.csv", curves_csv(rows, ("method", "seed")))
     picture = io.BytesIO()
     c.plot().savefig(picture)
