@@ -272,7 +272,11 @@ def grey_check(s):
     "5. At half the range every image reaches grey: there the risk has an exact lower bound."
     if s.threat.box is None:
         return skipped("grey", "needs a valid range")
-    half = (s.threat.box[1] - s.threat.box[0]) / 2 * (1 if s.threat.norm == "linf" else s.x[0].numel() ** 0.5)
+    half = (
+        (s.threat.box[1] - s.threat.box[0])
+        / 2
+        * (1 if s.threat.norm == "linf" else s.x[0].numel() ** 0.5)
+    )
     found = s.wrong(s.pgd(replace(s.threat, eps=half))).mean()
     least = 1 - torch.bincount(s.y).max().item() / len(s.y)
     return check(
