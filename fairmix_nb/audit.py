@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STANDARD', 'SETTING', 'chunks_of', 'size_of', 'standard_for', 'gradients_at_most', 'check_plan', 'price', 'packed',
            'unpacked', 'seed_of', 'one_piece', 'one_chunk', 'Aside', 'Hashes', 'attack_all', 'run_under', 'joined',
-           'counted', 'audit', 'first_images', 'names_of', 'fingerprint', 'uninterrupted', 'PairedReports',
+           'counted', 'first_images', 'names_of', 'fingerprint', 'uninterrupted', 'audit', 'PairedReports',
            'setting_of', 'check_same', 'compare_reports', 'paired_reports', 'mean_of', 'audit_checkpoint', 'as_trained']
 
 # %% ../nbs/18_audit.ipynb #83c0dd00
@@ -300,54 +300,6 @@ def counted(found, n_cls):
     n = np.bincount(y, minlength=n_cls).tolist()
     return dict(n=n, test=found["digest"], attacks=attacks, sweep=sweep)
 
-# %% ../nbs/18_audit.ipynb #6e650280
-def audit(
-    model: Callable,  # logits `(n, C)` for x in [0, 1]; a module is copied, never changed
-    data,  # test images: an ImageSet, a pair (x, y) of tensors, or a DataLoader
-    eps: float | tuple | Threat,  # radius in pixel units of [0, 1]; a tuple: one per channel
-    attacks: tuple | None = None,  # from weak to strong, see `attack_by_name`; None: `STANDARD`
-    *,
-    norm: str = "linf",  # 'linf' or 'l2'; a `Threat` has its own
-    box: tuple | None = (0.0, 1.0),  # valid range of x; None: none; a `Threat` has its own
-    classes: tuple | None = None,  # names; None: those of the ImageSet, else 0, 1, ...
-    sweep: tuple = (),  # multiples of eps at which the risk is measured too
-    diagnose: int = 500,  # images for the diagnosis, 0: none
-    surrogate: Callable | None = None,  # an independently trained network, for transfer
-    batch: int = 256,  # images at a time
-    seed: int = 0,  # of all random starts
-    device: str = "auto",  # 'auto', 'cpu' or 'cuda'
-    out: str | Path | None = None,  # folder of journal and report; None: keep nothing
-    resume: bool = False,  # go on in `out`
-    progress: bool = True,  # show a bar
-    on_start: Callable | None = None,  # called with a sentence on the price, before long work
-) -> Outcome:  # with a diagnosis
-    "Attack every test image and report class by class: raw and worst-case risk, and a diagnosis"
-    threat = eps if isinstance(eps, Threat) else Threat(eps, norm, box)
-    device, out = pick_device(device), out and Path(out)
-    net = Counted(attackable(model, device))
-    x, y, n_cls = first_images(net, data, batch, threat, device)
-    attacks = standard_for(n_cls) if attacks is None else list(attacks)
-    check_plan(net, x[:2], y[:2], threat, attacks, sorted(sweep))
-    cfg = dict(eps=threat.eps, attacks=attacks, norm=threat.norm, box=threat.box)
-    cfg = json.loads(json.dumps(cfg | dict(sweep=sorted(sweep), batch=batch, seed=seed)))
-    names = names_of(data, classes, n_cls)
-    header = dict(schema=SCHEMA, kind="audit", config=cfg, model=fingerprint(net, x[:2]))
-    journal = Journal(out and out / "journal.jsonl", header, resume)
-    if on_start:
-        on_start(price(net, x, y, attacks, cfg["sweep"], size_of(data)))
-    found = uninterrupted(
-        out, attack_all, net, data, threat, cfg, journal, n_cls, diagnose, device, progress
-    )
-    record = dict(header, classes=names, provenance=provenance(device), **counted(found, n_cls))
-    if diagnose:
-        subject = Subject(net, found["x"], found["kept"], threat, seed)
-        raw = {a: p != found["y"] for a, p in found["preds"].items()}
-        record["diagnosis"] = diagnosis(subject, model, raw, found["aside"], surrogate)
-    outcome = Outcome(record)
-    if out:
-        outcome.save(out)
-    return outcome
-
 # %% ../nbs/18_audit.ipynb #9a7b8761
 def first_images(net, data, batch, threat, device):
     "The first chunk, and the number of classes that the network knows."
@@ -381,6 +333,53 @@ def uninterrupted(out, work, *args):
     except KeyboardInterrupt:
         where = f"; finished batches are kept in {out}" if out else ", nothing kept"
         raise KeyboardInterrupt(f"audit stopped{where}") from None
+
+# %% ../nbs/18_audit.ipynb #6e650280
+def audit(
+    model: Callable,  # logits `(n, C)` for x in [0, 1]; a module is copied, never changed
+    data,  # test images: an ImageSet, a pair (x, y) of tensors, or a DataLoader
+    eps: float | tuple | Threat,  # radius in pixel units of [0, 1]; a tuple: one per channel
+    attacks: tuple | None = None,  # from weak to strong, see `attack_by_name`; None: `STANDARD`
+    *,
+    norm: str = "linf",  # 'linf' or 'l2'; with `box` the rest of a `Threat`
+    box: tuple | None = (0.0, 1.0),  # valid range of x; None: none
+    classes: tuple | None = None,  # names; None: those of the ImageSet, else 0, 1, ...
+    sweep: tuple = (),  # multiples of eps at which the risk is measured too
+    diagnose: int = 500,  # images for the diagnosis, 0: none
+    surrogate: Callable | None = None,  # an independently trained network, for transfer
+    batch: int = 256,  # images at a time
+    seed: int = 0,  # of all random starts
+    device: str = "auto",  # 'auto', 'cpu' or 'cuda'
+    out: str | Path | None = None,  # folder of journal and report; None: keep nothing
+    resume: bool = False,  # go on in `out`
+    progress: bool = True,  # show a bar
+    on_start: Callable | None = None,  # called with a sentence on the price, before long work
+) -> Outcome:  # with a diagnosis
+    "Attack every test image and report class by class: raw and worst-case risk, and a diagnosis"
+    threat = eps if isinstance(eps, Threat) else Threat(eps, norm, box)
+    device, out = pick_device(device), out and Path(out)
+    net = Counted(attackable(model, device))
+    x, y, n_cls = first_images(net, data, batch, threat, device)
+    attacks = standard_for(n_cls) if attacks is None else list(attacks)
+    check_plan(net, x[:2], y[:2], threat, attacks, sorted(sweep))
+    cfg = dict(eps=threat.eps, attacks=attacks, norm=threat.norm, box=threat.box)
+    cfg = json.loads(json.dumps(cfg | dict(sweep=sorted(sweep), batch=batch, seed=seed)))
+    names = names_of(data, classes, n_cls)
+    header = dict(schema=SCHEMA, kind="audit", config=cfg, model=fingerprint(net, x[:2]))
+    journal = Journal(out and out / "journal.jsonl", header, resume)
+    if on_start:
+        on_start(price(net, x, y, attacks, cfg["sweep"], size_of(data)))
+    job = net, data, threat, cfg, journal, n_cls, diagnose, device, progress
+    found = uninterrupted(out, attack_all, *job)
+    record = dict(header, classes=names, provenance=provenance(device), **counted(found, n_cls))
+    if diagnose:
+        subject = Subject(net, found["x"], found["kept"], threat, seed)
+        raw = {a: p != found["y"] for a, p in found["preds"].items()}
+        record["diagnosis"] = diagnosis(subject, model, raw, found["aside"], surrogate)
+    outcome = Outcome(record)
+    if out:
+        outcome.save(out)
+    return outcome
 
 # %% ../nbs/18_audit.ipynb #06907939
 @dataclass(frozen=True)
