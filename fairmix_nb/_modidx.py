@@ -629,4 +629,5 @@ d = { 'settings': { 'branch': 'main',
                                   'fairmix_nb.train.resume': ('train.html#resume', 'fairmix_nb/train.py'),
                                   'fairmix_nb.train.run_epoch': ('train.html#run_epoch', 'fairmix_nb/train.py'),
                                   'fairmix_nb.train.step_eagerly': ('train.html#step_eagerly', 'fairmix_nb/train.py'),
-                                  'fairmix_nb.train.watch': ('train.html#watch', 'fairmix_nb/train.py')}}}
+                                  'fairmix_nb.train.watch': ('train.html#watch', 'fairmix_nb/train.py'),
+                                  'fairmix_nb.train.watch_closely': ('train.html#watch_closely', 'fairmix_nb/train.py')}}}

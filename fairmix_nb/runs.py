@@ -291,6 +291,8 @@ class Keeper:
         fixed.update(shape=list(data.train.x.shape[1:]))
         self.fixed = dict(json.loads(json.dumps(fixed)), schema=CHECKPOINT)
         self.origin = dict(data=data.describe(), provenance=origin, device=device, how=how)
+        if start_from is not None:
+            self.origin["start_from"] = start_from
 
     def share(self, ranks: dict | None):
         "Add how many processes share the run, where it is more than one"
@@ -345,7 +347,7 @@ def stopped(self: Keeper, error: BaseException, run: Run) -> BaseException:
     paths = checkpoints(self.out, ("last.pt", "previous.pt")) if self.out and self.saved else []
     kept = f"{paths[0]} (epoch {self.saved})" if paths else "none"
     why = getattr(error, "strerror", None) or str(error)
-    epoch = 1 + (self.saved if self.out else run.epoch)
+    epoch = 1 + (self.saved if self.out else len(run.curves))
     where = f"stopped in epoch {epoch} of {self.cfg.epochs}; last checkpoint: {kept}"
     number = [error.errno] if getattr(error, "errno", None) else []
     return type(error)(*number, f"{why}; {where}" if why else where)
