@@ -21,23 +21,10 @@ from .attacks import Threat, attack_by_name, one_of, patch
 from .data import ImageSet
 from .models import fold_batchnorm
 from .records import SCHEMA, progress_bar, read_record, write_aside
-from fairmix_nb.risk import (
-    class_counts,
-    classwise_risk,
-    cvar,
-    exact_interval,
-    gini,
-    nsd,
-    pack_flags,
-)
-from fairmix_nb.risk import (
-    risk_range,
-    summary,
-    unpack_flags,
-    worst_case,
-    worst_class,
-    worst_interval,
-)
+from .risk import class_counts, classwise_risk, cvar, exact_interval, gini, nsd
+from .risk import pack_flags
+from .risk import risk_range, summary, unpack_flags, worst_case, worst_class
+from .risk import worst_interval
 
 # %% ../nbs/12_report.ipynb #faf15747
 def attack_errors(
