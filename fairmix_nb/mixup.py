@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 # %% ../nbs/02_mixup.ipynb #9bc591f6
