@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SOURCES', 'AUGMENT', 'ImageSet', 'as_floats', 'Data', 'rank_in_class', 'n_val', 'split_index',
            'make_data', 'list_images', 'decode', 'cache_folder', 'load_folder', 'load', 'batches', 'spread_subset',
-           'random_crop', 'random_flip', 'augment']
+           'long_tailed', 'random_crop', 'random_flip', 'augment']
 
 # %% ../nbs/10_data.ipynb #08333550
 import hashlib
@@ -529,6 +529,20 @@ def spread_subset(
     count = min(most, len(order))
     keep = torch.linspace(0, len(order) - 1, count, device=order.device).round().long()
     return images.subset(order[keep])
+
+# %% ../nbs/10_data.ipynb #391f9705
+def long_tailed(
+    data: Data,  # any
+    ratio: float,  # of the largest to the smallest training class, > 1
+    falling: bool = True,  # in the order of the labels; False: rising
+) -> Data:  # the training part thinned; validation and test as they were
+    "Training classes of geometrically falling (or rising) size - Cui 2019"
+    y, c = data.train.y.numpy(), np.arange(data.train.n_cls)
+    power = (c if falling else c[::-1]) / (len(c) - 1)
+    want = np.rint(np.bincount(y).min() * ratio**-power).astype(int)
+    kept = rank_in_class(y, np.random.RandomState(0)) < want[y]
+    train = data.train.subset(torch.from_numpy(np.flatnonzero(kept)))
+    return replace(data, train=train, split=dict(data.split, per_class=want.tolist()))
 
 # %% ../nbs/10_data.ipynb #966f661a
 def random_crop(
