@@ -1,4 +1,5 @@
-"What must hold for any input of the public functions: shapes, ranges, symmetries, and an error instead of a NaN."
+"""What must hold for any input of the public functions: shapes, ranges, symmetries, and an error
+instead of a NaN."""
 
 import math
 from dataclasses import replace
@@ -13,7 +14,12 @@ from fairmix_nb import attacks, data, gaussian, mixup, risk, tempering, theory
 from fairmix_nb.gaussian import GaussianPair
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
-real = lambda low, high: st.floats(low, high, allow_nan=False, width=64)
+
+
+def real(low, high):
+    return st.floats(low, high, allow_nan=False, width=64)
+
+
 gs, radii, priors = real(1e-3, 1), real(0, 2), real(0, 1)
 thresholds = st.one_of(real(-50, 50), st.sampled_from([-math.inf, math.inf]))
 pairs = st.builds(
@@ -144,7 +150,10 @@ def test_an_impossible_g_or_eps_is_refused_by_everything_that_takes_one(p, value
 def test_no_line_beats_the_threshold(problem, g, t):
     p, eps = problem
     assume(p.mu_pos + p.mu_neg - 2 * eps > 0)
-    risk_at = lambda t: gaussian.overall_risk(gaussian.class_risk(t, p, g, eps), p.prior)
+
+    def risk_at(t):
+        return gaussian.overall_risk(gaussian.class_risk(t, p, g, eps), p.prior)
+
     best = theory.threshold(p, g, eps)
     assert not np.isnan(best) and np.shape(best) == ()
     for other in (
@@ -207,14 +216,20 @@ def test_a_fixed_law_is_its_number(problem, lam):
     t, plain = tempering.law_threshold(p, "uniform", eps), theory.threshold(p, 1.0, eps)
     assert not np.isnan(t)
     if np.isfinite(t) and np.isfinite(plain):
-        at = lambda t: gaussian.gap(gaussian.class_risk(t, p, eps=eps))
+
+        def at(t):
+            return gaussian.gap(gaussian.class_risk(t, p, eps=eps))
+
         assert at(t) <= at(plain) + 1e-9
 
 
 # --- mixup ---------------------------------------------------------------------------------
 
 labels = st.lists(st.integers(0, 3), min_size=1, max_size=30).map(torch.tensor)
-generator = lambda seed: torch.Generator().manual_seed(seed)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @quick
@@ -347,8 +362,13 @@ def test_attacks_stay_in_ball_and_box_and_permute_with_the_batch(seed, eps, atta
 @given(seeds, real(0, 0.5), st.integers(1, 3))
 def test_more_starts_are_never_worse_and_never_better_than_clean(seed, eps, restarts):
     model, (x, y) = network(seed % 7), images(seed)
-    loss = lambda z: attacks.cross_entropy(model(z), y)
-    run = lambda r: loss(attacks.pgd(model, x, y, eps, 2, restarts=r, generator=generator(seed)))
+
+    def loss(z):
+        return attacks.cross_entropy(model(z), y)
+
+    def run(r):
+        return loss(attacks.pgd(model, x, y, eps, 2, restarts=r, generator=generator(seed)))
+
     with torch.no_grad():
         assert (run(restarts) >= loss(x)).all() and (
             run(restarts + 1) >= run(restarts) - 1e-12
