@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from fairmix_nb.audit import audit, load_report
+from fairmix_nb.attacks import Threat
+from fairmix_nb.audit import audit
 from fairmix_nb.data import load
 from fairmix_nb.models import small_cnn
+from fairmix_nb.report import load_outcome
 
 QUIET = dict(progress=False, device="cpu")
 
@@ -61,7 +63,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert journal.read_text().splitlines()[: len(kept)] == kept, "finished work is not done again"
     keys = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
     assert len(keys) == len(set(keys))
-    one, two = load_report(whole), load_report(out)
+    one, two = load_outcome(whole), load_outcome(out)
     for attack in one.attacks:
         assert np.array_equal(one.flags(attack, raw=True), two.flags(attack, raw=True))
     assert one.record["diagnosis"] == two.record["diagnosis"]
@@ -215,11 +217,11 @@ def test_report_files_and_damaged_ones(digits, tmp_path):
         "report.html",
         "figure.png",
     }
-    assert load_report(tmp_path / "r").record == json.loads(json.dumps(found.record))
+    assert load_outcome(tmp_path / "r").record == json.loads(json.dumps(found.record))
     for text in ("", "{", "[]", '{"schema": 9}', '{"schema": 1, "kind": "fit"}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match="bad.json"):
-            load_report(tmp_path / "bad.json")
+            load_outcome(tmp_path / "bad.json")
     for text in ("", "x\n", "[1]\n", '{"kind": "audit"}\n[1, 2, 3]\n'):
         (tmp_path / "j").mkdir(exist_ok=True)
         (tmp_path / "j/journal.jsonl").write_text(text)
@@ -246,3 +248,58 @@ def test_images_beyond_zero_and_one_are_diagnosed(box, low, high):
     report = audit(net, (x, torch.arange(40) % 4), 0.1, ("clean", "fgsm"), box=box, progress=False)
     (found,) = (c for c in report.record["diagnosis"] if c["check"] == "valid range")
     assert found["state"] == ("skipped" if box is None else "note")
+
+
+def test_the_price_is_told_before_any_work(digits, capsys, monkeypatch):
+    for name in ("IN_TEST", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    few = digits.subset(torch.arange(30))
+    found = audit(small_cnn(10, 1), few, 0.1, ("clean", "fgsm", "pgd-5"), device="cpu")
+    said = capsys.readouterr()
+    assert "at most 6 gradients an image, 30 images: " in said.err and not said.out
+    assert sum(a["gradients"] for a in found.record["attacks"].values()) <= 30 * 6
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_handful_of_images_is_audited(digits, n):
+    found = audit(small_cnn(10, 1), digits.subset(torch.arange(n)), 0.1, ("clean", "fgsm"), **QUIET)
+    assert found.n.sum() == n and "stronger attacks may find more" in found.verdict or found.flagged
+    assert str(found) and found.plot()
+
+
+def test_a_class_that_is_never_right_is_named(digits):
+    class Blind(nn.Module):
+        "Never says 3."
+
+        def __init__(self):
+            super().__init__()
+            self.body = small_cnn(10, 1)
+
+        def forward(self, x):
+            return self.body(x) - 100 * torch.eye(10)[3]
+
+    found = audit(Blind(), digits, 0.01, ("clean", "fgsm"), diagnose=0, **QUIET)
+    line = next(v for v in str(found).splitlines() if v.startswith("wrong on every clean image"))
+    assert "3" in line.split(": ")[1].split(", ")
+
+
+def test_a_record_is_written_before_its_picture(digits, tmp_path, monkeypatch):
+    def broken(self):
+        raise RuntimeError("no screen")
+
+    monkeypatch.setattr("fairmix_nb.report.Outcome.plot", broken)
+    few = digits.subset(torch.arange(20))
+    with pytest.raises(RuntimeError, match="no screen"):
+        audit(small_cnn(10, 1), few, 0.1, ("clean",), diagnose=0, out=tmp_path / "a", **QUIET)
+    assert load_outcome(tmp_path / "a").n.sum() == 20
+
+
+def test_a_threat_says_all_that_three_arguments_say(digits):
+    net, few = small_cnn(10, 1), digits.subset(torch.arange(40))
+    attacks = ("clean", "fgsm", "pgd-3")
+    kw = dict(diagnose=0, sweep=(0.5, 30), **QUIET)  # a sweep stops at the valid range
+    one = audit(net, few, Threat(0.5, "l2", None), attacks, **kw)
+    two = audit(net, few, 0.5, attacks, norm="l2", box=None, **kw)
+    assert np.array_equal(one.flags(), two.flags())
+    assert one.record["config"] == two.record["config"] and one.threat == Threat(0.5, "l2", None)
+    assert np.isfinite(audit(net, few, 0.05, attacks, **kw).record["sweep"]).all()
