@@ -115,7 +115,7 @@ def check_model(
     net: Callable,  # logits
     x: Tensor,  # one or more images `(n, ...)`
     y: Tensor,  # their classes `(n,)`
-    threat: Threat,
+    threat: Threat,  # what the adversary may do
 ) -> int:  # classes C
     "Refuse a model without logits, or without a gradient"
     predicted(net, x)
@@ -155,7 +155,8 @@ def price_of(
 ) -> str:
     "What an audit may cost at most, in a sentence"
     each = gradients_each(attacks, sweep)
-    text = f"audit: at most {each:,} gradients an image"
+    what = "gradient" if each == 1 else "gradients"
+    text = f"audit: at most {each:,} {what} an image"
     if n is None:
         return text
     text += f", {n:,} images"
@@ -291,7 +292,7 @@ def attack_all(
     n_cls: int,  # classes of the logits
     keep: int,  # images to set aside for the diagnosis
     bar: object,  # of progress, in gradients
-) -> dict:  # y, preds, wrong of the sweep, cost, subset: arrays in the order of the data
+) -> dict:  # y, preds, raw errors, sweep, cost, subset: arrays in the order of the data
     "Every chunk under every attack; memory holds one chunk, the labels, and what is set aside"
     ys, pieces, sweeps, aside, hashes = [], [], [], Aside(keep), Hashes()
     with bar:
@@ -305,7 +306,8 @@ def attack_all(
         seconds = round(sum(p[a]["seconds"] for p in pieces), 2)
         cost[a] = dict(seconds=seconds, gradients=sum(p[a]["gradients"] for p in pieces))
     sweep, y = np.concatenate(sweeps, 1), np.concatenate(ys)
-    common = dict(y=y, preds=preds, cost=cost, sweep=sweep, digest=hashes.hexdigest())
+    raw = {a: pred != y for a, pred in preds.items()}
+    common = dict(y=y, preds=preds, raw=raw, cost=cost, sweep=sweep, digest=hashes.hexdigest())
     return common | aside.content()
 
 # %% ../nbs/18_audit.ipynb #4b309712
@@ -334,30 +336,31 @@ def ready(
     model: Callable,  # logits
     data: object,  # see `pairs_of`
     plan: dict,  # threat, attacks, sweep, seed, batch, device; attacks None: the standard ones
-    diagnose: int,  # images for the diagnosis
-    progress: bool | str,  # say the price; show a bar
-) -> tuple:  # network, first images, classes, the whole plan, bar
-    "What an audit works with, checked and priced before it works"
+) -> tuple:  # network, first chunk, classes, the whole plan
+    "What an audit works with, checked before it works"
     net = Counted(attackable(model, plan["device"]))
     first = next(chunks_of(data, plan["batch"], plan["threat"].box), None)
     if first is None:
         raise ValueError("data must hold at least one image, got no image")
     x, y = (v.to(plan["device"]) for v in first)
-    n_cls, n = check_model(net, x[:2], y[:2], plan["threat"]), size_of(data)
+    n_cls = check_model(net, x[:2], y[:2], plan["threat"])
     attacks = list(standard_attacks(n_cls) if plan["attacks"] is None else plan["attacks"])
-    plan = plan | dict(attacks=attacks, sweep=sorted(plan["sweep"]))
     check_plan(attacks, plan["sweep"], n_cls)
-    # an attack without gradients moves the bar as well
-    total = gradients_each(attacks, plan["sweep"]) + attacks.count("clean")
+    return net, x, n_cls, plan | dict(attacks=attacks, sweep=sorted(plan["sweep"]))
+
+
+def priced(net, x, plan, n, diagnose, progress):
+    "A bar of progress, in gradients; the price is told, after one gradient was timed."
+    attacks, sweep = plan["attacks"], plan["sweep"]
+    total = gradients_each(attacks, sweep) + attacks.count("clean")  # which moves the bar as well
     how = dict(desc="audit", unit="grad", unit_scale=True, total=n and n * total)
     bar = progress_bar(None, progress, **how)
     if not bar.disable:
         start = time.perf_counter()
-        fgsm(net, x, y.clamp(0, n_cls - 1), plan["threat"])
+        fgsm(net, x, torch.zeros(len(x), dtype=torch.long, device=x.device), plan["threat"])
         seconds = (time.perf_counter() - start) / len(x)
-        said = price_of(attacks, plan["sweep"], n, diagnose, seconds)
-        bar.write(said, file=sys.stderr)
-    return net, x[:2], n_cls, plan, bar
+        bar.write(price_of(attacks, sweep, n, diagnose, seconds), file=sys.stderr)
+    return bar
 
 
 def config_of(plan):
@@ -396,13 +399,14 @@ def audit(
     threat = eps if isinstance(eps, Threat) else Threat(eps, norm, box)
     device, out = pick_device(device), out and Path(out)
     plan = dict(threat=threat, attacks=attacks, sweep=sweep, batch=batch, seed=seed, device=device)
-    net, x, n_cls, plan, bar = ready(model, data, plan, diagnose, progress)
+    net, x, n_cls, plan = ready(model, data, plan)
     names = [str(c) for c in classes or getattr(data, "classes", range(n_cls))]
     if len(names) != n_cls:
         raise ValueError(f"classes must name the {n_cls} logits of the model, got {len(names)}")
-    header = dict(schema=SCHEMA, kind="audit", config=config_of(plan), model=fingerprint(net, x))
+    header = dict(schema=SCHEMA, kind="audit", config=config_of(plan), model=fingerprint(net, x[:2]))
     journal = Journal(out and out / "journal.jsonl", header, resume)
     try:
+        bar = priced(net, x, plan, size_of(data), diagnose, progress)
         found = attack_all(net, data, plan, journal, n_cls, diagnose, bar)
     except KeyboardInterrupt:
         kept = f"finished batches are kept in {out}" if out else "nothing is kept"
@@ -410,8 +414,7 @@ def audit(
     record = dict(header, classes=names, provenance=provenance(device), **counted(found, n_cls))
     if diagnose:
         subject = Subject(net, found["x"], found["kept"], threat, seed)
-        raw = {a: p != found["y"] for a, p in found["preds"].items()}
-        record["diagnosis"] = diagnosis(subject, model, raw, found["aside"], surrogate)
+        record["diagnosis"] = diagnosis(subject, model, found["raw"], found["aside"], surrogate)
     outcome = Outcome(record)
     if out:
         outcome.save(out)

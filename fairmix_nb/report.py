@@ -86,6 +86,9 @@ class Outcome:
         config = self.record.get("config")
         return config and Threat(config["eps"], config["norm"], config["box"])
 
+    def __repr__(self):
+        return f"Outcome({int(self.n.sum())} images, attacked by {', '.join(self.attacks)})"
+
 # %% ../nbs/12_report.ipynb #a120000b
 def outcome_of(
     wrong: dict,  # attack -> `(n,)` bool, from weak to strong: wrong at its final points

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from fairmix_nb.attacks import Threat
-from fairmix_nb.audit import audit
+from fairmix_nb.audit import DIAGNOSIS, audit
 from fairmix_nb.data import load
+from fairmix_nb.diagnosis import Counted, Subject, attackable, diagnosis
 from fairmix_nb.models import small_cnn
 from fairmix_nb.report import load_outcome
 
@@ -303,3 +304,11 @@ def test_a_threat_says_all_that_three_arguments_say(digits):
     assert np.array_equal(one.flags(), two.flags())
     assert one.record["config"] == two.record["config"] and one.threat == Threat(0.5, "l2", None)
     assert np.isfinite(audit(net, few, 0.05, attacks, **kw).record["sweep"]).all()
+
+
+def test_the_diagnosis_costs_what_is_said(digits):
+    few = digits.subset(torch.arange(60))
+    seen = Counted(attackable(small_cnn(10, 1)))
+    subject = Subject(seen, few.floats(), few.y, Threat(0.1))
+    diagnosis(subject, seen.model, dict(clean=np.zeros(60, bool)), np.arange(60), seen)
+    assert 0.8 * DIAGNOSIS < seen.gradients / 60 <= DIAGNOSIS
