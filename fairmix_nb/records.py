@@ -128,12 +128,13 @@ def digest(
 
 
 def tensor_digest(
-    *tensors: torch.Tensor,  # of any shapes
+    *parts: torch.Tensor | str,  # of any shapes
 ) -> str:  # 16 hex digits
-    "A short digest of the bytes alone, for a batch of images"
+    "A short digest of the bytes alone: of images, labels, names"
     found = hashlib.sha256()
-    for t in tensors:
-        found.update(t.detach().cpu().contiguous().numpy().tobytes())
+    for v in parts:
+        text = isinstance(v, str)
+        found.update(v.encode() if text else v.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 # %% ../nbs/09_records.ipynb #a9f7b900
