@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONE_STEP', 'REASONS', 'WEAK', 'STYLE', 'CLEAN', 'STEP', 'STRONG', 'SWEEP', 'attack_errors', 'Outcome', 'outcome_of',
-           'worst_of', 'class_column', 'class_rows', 'spread_rows', 'one_step_signs', 'reasons_of', 'verdict_of',
-           'never_right', 'heading', 'text_of', 'flagged_by', 'verdict_on', 'html_table', 'html_of', 'page_of',
-           'canvas', 'name_ticks', 'class_view', 'load_outcome']
+           'class_column', 'class_rows', 'spread_rows', 'one_step_signs', 'reasons_of', 'verdict_of', 'html_table',
+           'canvas', 'load_outcome']
 
 # %% ../nbs/12_report.ipynb #d1a19b7c
 import json
@@ -446,7 +445,7 @@ def canvas(
     plt.close(fig)
     return fig, ax
 
-
+# %% ../nbs/12_report.ipynb #e8d34812
 def name_ticks(axis, names, turned):
     "Names of classes along an axis, turned where they are long."
     angle = turned if max(map(len, names)) >= 4 else 0

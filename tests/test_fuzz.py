@@ -259,7 +259,7 @@ WORDS = [
 def test_any_command_line_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, seed):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "fairmix_nb.compare.run_one", lambda *a, **k: pytest.skip("a command line that works")
+        "fairmix_nb.compare.one_run", lambda *a, **k: pytest.skip("a command line that works")
     )
     rng = random.Random(seed)
     argv = rng.choice([["compare"], ["show"], []]) + rng.choices(WORDS, k=rng.randrange(1, 7))
