@@ -41,13 +41,14 @@ def variance_factor(
     lam=None,  # weight(s) of the sample itself in [0, 1]: number, array or tensor
     *,
     weights=None,  # instead of `lam`: convex weights `(..., k)`, array or tensor
-):  # g, of the kind and shape given (for `weights` without the last axis)
+):  # g, of the kind and shape given (for `weights` without the last axis); never above 1
     "What mixing multiplies a class's variance by: in [1/2, 1], k-way [1/k, 1] - eqs (9)-(11)"
     if (lam is None) == (weights is None):
         raise ValueError("give lam or weights, got both or neither")
     if weights is not None:
         _check_weights(weights)
-        return (weights**2).sum(-1)
+        g = (weights**2).sum(-1) / weights.sum(-1) ** 2  # 1, but for rounding
+        return g.clip(max=1)
     _check_lam(lam)
     return lam**2 + (1 - lam) ** 2
 
