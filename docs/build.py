@@ -4,7 +4,8 @@
     pip install -e '.[docs]'
     python docs/build.py [--out _docs]
 
-One page per chapter and per module, the map of the paper's statements, the errata, the glossary, the
+One page per chapter and per module, the map of the paper's statements, the errata, the glossary,
+the
 bibliography and all public names. Pages, pictures, search and formulas need no network.
 """
 
@@ -24,23 +25,25 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "tools"))
 import book  # noqa: E402
 
-REPOSITORY = "https://github.com/fairmix-nb/fairmix_nb/blob/main/"
+REPOSITORY = "{git_url}/blob/{branch}/".format(**book.settings())
 
 
 # --- pages ---------------------------------------------------------------------------------
 
 
 def text_of(cell) -> str:
-    "A text cell for the site: badges become words, links to files of the repository leave the site."
+    """A text cell for the site: badges become words, links to files of the repository leave the
+    site."""
     text = re.sub(r"\[!\[([^\]]*)\]\([^)]*\)\]\(([^)]*)\)", r"[\1](\2)", book.source(cell))
     text = text.replace("](../.github/CONTRIBUTING.md)", "](contributing.md)").replace(
         "](../docs/", "]("
     )
-    return re.sub(r"\]\(\.\./([^)]*)\)", rf"]({REPOSITORY}\1)", text)
+    return book.addressed(re.sub(r"\]\(\.\./([^)]*)\)", rf"]({REPOSITORY}\1)", text))
 
 
 def staged(path: Path) -> dict:
-    "A notebook for the site: no hidden cells, no directives, a name on every cell, a text for every figure."
+    """A notebook for the site: no hidden cells, no directives, a name on every cell, a text for
+    every figure."""
     alt, cells = {i: a for p, i, a in book.figures() if p == path}, []
     for i, cell in enumerate(book.cells(path)):
         found = book.directives(cell)
@@ -80,7 +83,10 @@ def anchor(module: str, name: str) -> str:
 
 def visible(path: Path, i: int) -> int:
     "The cell itself, or the last one shown before it."
-    hidden = lambda cell: {"hide", "default_exp"} & book.directives(cell).keys()
+
+    def hidden(cell):
+        return {"hide", "default_exp"} & book.directives(cell).keys()
+
     return max(j for j, cell in enumerate(book.cells(path)[: i + 1]) if not hidden(cell))
 
 
@@ -141,8 +147,9 @@ def map_page() -> str:
     lines = [
         "# Where the paper's statements are",
         "",
-        "Made from the notebooks: a statement is found by its tag or its name, a function by the source in its "
-        "docstring or its use in the section, a check by what it asserts. Each number in the last column is a cell that can fail.",
+        """Made from the notebooks: a statement is found by its tag or its name, a function by the
+        source in its"""
+        "docstring or its use in the section, a check by what it asserts. Each number in the last column is a cell that can fail.",  # noqa: E501
         "",
         "| statement | section | functions | checks |",
         "|---|---|---|---|",
@@ -155,7 +162,7 @@ def map_page() -> str:
             )
             kinds = ", ".join(dict.fromkeys(kind for _, found in tested[:6] for kind in found))
             lines.append(
-                f"| {statement if not k else ''} | [{cell_text(text)}](#{path.stem}-{start}), chapter {path.stem[:2]} | {listed} | "
+                f"| {statement if not k else ''} | [{cell_text(text)}](#{path.stem}-{start}), chapter {path.stem[:2]} | {listed} | "  # noqa: E501
                 f"{cells}{' (' + kinds + ')' if kinds else ''} |"
             )
     return "\n".join(lines)
@@ -167,7 +174,7 @@ def errata_page() -> str:
         i for i, c in enumerate(book.cells(path)) if book.source(c).startswith("| where | printed")
     )
     return (
-        f"# Errata\n\nEach row is a cell of [{book.title(path)}]({path.name}) in which the printed form fails and the corrected one passes.\n\n"
+        f"# Errata\n\nEach row is a cell of [{book.title(path)}]({path.name}) in which the printed form fails and the corrected one passes.\n\n"  # noqa: E501
         f"{book.source(book.cells(path)[i])}\n"
     )
 
@@ -188,10 +195,14 @@ def bibliography_page() -> str:
     return "\n".join(out)
 
 
-def toctree(caption: str, names: list, hidden: bool = True) -> str:
-    return "\n".join(
-        ["```{toctree}", f":caption: {caption}", ":hidden:" * hidden, "", *names, "```", ""]
-    )
+def entry(path: Path) -> str:
+    "A chapter's line in the contents."
+    return f"{int(path.stem[:2])} · {book.title(path)} <{path.stem}>"
+
+
+def toctree(caption: str, names: list) -> str:
+    "A part of the contents, shown at the side."
+    return "\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *names, "```", ""])
 
 
 def stage(to: Path) -> None:
@@ -200,9 +211,8 @@ def stage(to: Path) -> None:
         (to / path.name).write_text(json.dumps(staged(path)), encoding="utf-8")
     index = staged(book.NBS / "index.ipynb")
     contents = [
-        toctree(
-            "Chapters", [f"{int(p.stem[:2])} · {book.title(p)} <{p.stem}>" for p in book.chapters()]
-        ),
+        toctree("Start", [entry(book.chapters()[0])]),
+        *[toctree(part, [entry(p) for p in paths]) for part, paths in book.parts().items()],
         toctree(
             "Reference",
             ["map", "errata", "names", "glossary", "bibliography", "contributing", "changelog"],
@@ -224,7 +234,8 @@ def stage(to: Path) -> None:
     glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
     (to / "glossary.md").write_text(glossary.replace("](../nbs/", "]("), encoding="utf-8")
     shutil.copy(DOCS / "CHANGELOG.md", to / "changelog.md")
-    shutil.copy(DOCS.parent / ".github" / "CONTRIBUTING.md", to / "contributing.md")
+    contributing = (DOCS.parent / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (to / "contributing.md").write_text(contributing.replace("](../nbs/", "]("), encoding="utf-8")
     shutil.copy(DOCS / "conf.py", to)
     (to / "_static").mkdir()
     for name in ("book.css", "icon.svg"):
@@ -290,7 +301,8 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> list:
-    "Links that lead nowhere, pictures without a text, whatever a page would fetch from another host."
+    """Links that lead nowhere, pictures without a text, whatever a page would fetch from another
+    host."""
     pages = {
         p.relative_to(site).as_posix(): Page(p.read_text(encoding="utf-8"))
         for p in site.rglob("*.html")
@@ -380,7 +392,7 @@ def main() -> int:
         else 0
     )
     print(
-        f"{args.out}: {len(list(args.out.rglob('*.html')))} pages, {size / 1e6:.1f} MB, {time.time() - start:.0f} s, {len(found)} problems"
+        f"{args.out}: {len(list(args.out.rglob('*.html')))} pages, {size / 1e6:.1f} MB, {time.time() - start:.0f} s, {len(found)} problems"  # noqa: E501
     )
     return 1 if found else 0
 

@@ -14,7 +14,7 @@ from scipy.special import expit, log_ndtr, logsumexp
 
 from .gaussian import GaussianPair, _broadcast, _check, _check_g_eps, _reals, class_risk
 from .gaussian import overall_risk
-from .mixup import _check_law, variance_factor
+from .mixup import as_law, variance_factor
 from .theory import log_odds, threshold
 
 # %% ../nbs/05_tempering.ipynb #149fdd0d

@@ -1,4 +1,5 @@
-"""Kill a training run at random moments, resume it, compare the bits with a run that was left alone.
+"""Kill a training run at random moments, resume it, compare the bits with a run that was left
+alone.
 
     python tests/kill_train.py 20 nbs/results/kill_resume.json
 
@@ -22,11 +23,14 @@ import torch
 from torch import nn
 
 from fairmix_nb import data as D
+from fairmix_nb import runs as R
 from fairmix_nb import train as T
+from fairmix_nb.methods import Pipeline, TrainCfg, describe
+from fairmix_nb.records import digest, provenance, write_aside
 
 # every stream is drawn from, BatchNorm and Adam have memory, the learning rate drops
-CFG = T.TrainCfg(
-    pipeline=("attack", "mix"),
+METHOD = Pipeline(("attack", "mix"))
+CFG = TrainCfg(
     attack="pgd",
     steps=2,
     eps=0.1,
@@ -68,8 +72,8 @@ def die():
 def watched_by(phase):
     "Tell the parent, through shared memory, what the child is doing."
 
-    def tell(name, code):
-        inner = getattr(T, name)
+    def tell(module, name, code):
+        inner = getattr(module, name)
 
         def outer(*args, **kw):
             was, phase[0] = phase[0], code
@@ -78,18 +82,17 @@ def watched_by(phase):
             finally:
                 phase[0] = was
 
-        setattr(T, name, outer)
+        setattr(module, name, outer)
 
-    tell("run_epoch", 1), tell("watch", 2), tell("save_state", 3)
-    T.Keeper.save_record, inner = (
-        (lambda self, state: (phase.__setitem__(0, 4), inner(self, state))),
-        T.Keeper.save_record,
-    )
+    tell(T, "run_epoch", 1)
+    tell(T, "watch", 2)
+    tell(R, "save_state", 3)
+    tell(R.Keeper, "save_record", 4)
 
 
 def aim_at(place, saves):
     "Die at `place` of the checkpoint number `saves` from now."
-    count, save, replace_, write = [0], T.save_state, os.replace, T.write_aside
+    count, save, replace_, write = [0], R.save_state, os.replace, R.write_aside
 
     def counted(*args):
         count[0] += 1
@@ -118,7 +121,7 @@ def aim_at(place, saves):
         if count[0] == saves and place == 4 and names == ("new.pt", "last.pt"):
             die()
 
-    T.save_state, T.write_aside, os.replace = counted, half, renamed
+    R.save_state, R.write_aside, os.replace = counted, half, renamed
 
 
 def child(cfg, folder, data, phase, aim=None, saves=1):
@@ -132,10 +135,11 @@ def child(cfg, folder, data, phase, aim=None, saves=1):
         watched_by(phase)
         if aim is not None:
             aim_at(aim, saves)
-        if T.checkpoints(folder, T.ALL):
-            T.resume(folder, network(), data, cfg, device="cpu", progress=False)
+        quiet = dict(device="cpu", progress=False)
+        if R.checkpoints(folder):
+            T.resume(folder, network(), data, cfg, METHOD, **quiet)
         else:
-            T.fit(network(), data, cfg, device="cpu", out=folder, progress=False)
+            T.fit(network(), data, cfg, METHOD, out=folder, **quiet)
         code, phase[0] = 0, 5
     finally:
         os._exit(code)
@@ -143,8 +147,8 @@ def child(cfg, folder, data, phase, aim=None, saves=1):
 
 def result(folder):
     "Digest of all that a run leaves but its clock."
-    found = T.read_checkpoint(Path(folder) / "last.pt")
-    return T.sha256_of({k: v for k, v in found.items() if k != "seconds"}), found["epoch"]
+    found = R.read_checkpoint(Path(folder) / "last.pt")
+    return digest({k: v for k, v in found.items() if k != "seconds"}), found["epoch"]
 
 
 def state_of(folder):
@@ -157,7 +161,7 @@ def state_of(folder):
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         try:
-            epoch, taken = T.load_checkpoint(folder)["epoch"], "last.pt"
+            epoch, taken = R.load_checkpoint(folder)["epoch"], "last.pt"
         except FileNotFoundError:
             epoch, taken = 0, "none"
     if notes:
@@ -207,8 +211,9 @@ def main(kills, path=None):
     record = dict(
         schema=1,
         kind="kill_resume",
-        provenance=T.provenance("cpu"),
+        provenance=provenance("cpu"),
         cfg=asdict(cfg),
+        method=describe(METHOD),
         epochs=epochs,
         seconds=round(time.perf_counter() - start, 1),
         digest=digest,
@@ -216,7 +221,7 @@ def main(kills, path=None):
         equal=equal,
     )
     if path:
-        D.write_aside(path, json.dumps(record, indent=1) + "\n")
+        write_aside(path, json.dumps(record, indent=1) + "\n")
     print(json.dumps(dict(kills=len(rows), runs=len(equal), equal=all(equal))))
     return all(equal)
 

@@ -1,4 +1,5 @@
-"The map of statements, the figures' texts, links, names and sources: read off the notebooks, nothing is run."
+"""The map of statements, the figures' texts, links, names and sources: read off the notebooks,
+nothing is run."""
 
 import re
 import sys

@@ -1,6 +1,7 @@
 """What a reader sees in a real browser: JupyterLab, Voila and the built site (pytest -m browser).
 
-Needs Chromium and `pip install -e '.[dev,browser,docs]'`. Set FAIRMIX_SHOTS to a folder to keep the screenshots.
+Needs Chromium and `pip install -e '.[dev,browser,docs]'`. Set FAIRMIX_SHOTS to a folder to keep
+the screenshots.
 """
 
 import functools
@@ -29,7 +30,8 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update"""
     "--disable-sync --mute-audio"
 ).split()
 LOCAL = re.compile(r"^(data:|blob:|about:|(https?|wss?)://(127\.0\.0\.1|localhost)[:/])")
@@ -103,7 +105,8 @@ def notebook(path, *sources):
 
 
 def workplace(top) -> dict:
-    "A copy of the notebooks without their flagged cells and outputs, the tools beside it, and an environment of its own."
+    """A copy of the notebooks without their flagged cells and outputs, the tools beside it, and an
+    environment of its own."""
     shutil.copytree(ROOT / "nbs", top / "nbs")
     (top / "tools").symlink_to(ROOT / "tools")
     for path in (top / "nbs").glob("*.ipynb"):
@@ -120,9 +123,9 @@ def workplace(top) -> dict:
         path.write_text(json.dumps(nb))
     notebook(
         top / "nbs" / "bars.ipynb",
-        "from fairmix_nb.data import load\nfrom fairmix_nb.models import build\nfrom fairmix_nb.train import TrainCfg, fit",
-        "cfg = TrainCfg(('attack',), eps=.1, epochs=12, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
-        "endless = TrainCfg(('attack',), eps=.1, epochs=9999, batch=64)\nfit(build('small_cnn', 10, 1), load('digits'), endless)",
+        "from fairmix_nb import TrainCfg, build, fit, load",
+        "cfg = TrainCfg(eps=.1, epochs=12, batch=64)\ndone = fit(build('small_cnn', 10, 1), load('digits'), cfg)\ndone.record['epochs_done']",
+        "endless = TrainCfg(eps=.1, epochs=9999, batch=64)\nfit(build('small_cnn', 10, 1), load('digits'), endless)",
         "6 * 7",
     )
     notebook(top / "nbs" / "explore.ipynb", "from fairmix_nb.synthetic import explore\nexplore()")
@@ -205,7 +208,8 @@ def open_notebook(page, lab, name):
 
 def close_notebook(page):
     page.evaluate(
-        "async () => { const w = window.jupyterapp.shell.currentWidget; await w.context.save(); await w.sessionContext.shutdown(); }"
+        """async () => { const w = window.jupyterapp.shell.currentWidget; await w.context.save();
+        await w.sessionContext.shutdown(); }"""
     )
 
 

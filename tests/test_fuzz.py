@@ -162,7 +162,7 @@ def test_a_spoilt_checkpoint_is_refused(tmp_path, seed):
 
 def grow(top, rng):
     "A folder that may or may not be a data set."
-    for c in range(rng.randrange(4)):
+    for _c in range(rng.randrange(4)):
         folder = (
             top
             / rng.choice(["", "train", "test", "train"])

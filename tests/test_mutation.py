@@ -1,4 +1,5 @@
-"Wrong formulas planted in copies of the functions: the record tells that the notebooks notice, the slow test tries again."
+"""Wrong formulas planted in copies of the functions: the record tells that the notebooks notice,
+the slow test tries again."""
 
 import json
 import subprocess
@@ -33,7 +34,7 @@ def test_the_notebook_notices_wrong_formulas(module):
 def test_a_change_is_one_change():
     import ast
 
-    cell = "#| export\ndef f(x, y=1.):\n    'doc'\n    if x < 0: raise ValueError(f'got {x + 1}')\n    return (x - y) / np.sqrt(x)"
+    cell = "#| export\ndef f(x, y=1.):\n    'doc'\n    if x < 0: raise ValueError(f'got {x + 1}')\n    return (x - y) / np.sqrt(x)"  # noqa: E501
     told = {m["change"] for m in mutate.mutants(ast.parse(cell))}
     assert told == {
         "1.0 -> 2.0",

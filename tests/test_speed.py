@@ -272,7 +272,7 @@ def definitions(text):
 
 
 def test_the_chapter_shows_the_code_that_was_timed():
-    path = ROOT / "nbs" / "15_speed.ipynb"
+    path = ROOT / "nbs" / "24_speed.ipynb"
     if not path.exists():
         pytest.skip("no chapter")
     shown = {}

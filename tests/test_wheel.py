@@ -1,4 +1,5 @@
-"Wheel and sdist, installed where nothing else is, on every supported Python at hand (pytest -m slow: downloads PyTorch)."
+"""Wheel and sdist, installed where nothing else is, on every supported Python at hand (pytest -m
+slow: downloads PyTorch)."""
 
 import re
 import shutil

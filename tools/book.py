@@ -1,4 +1,5 @@
-"""What can be read off the notebooks without running them: figures, statements, public names, citations.
+"""What can be read off the notebooks without running them: figures, statements, public names,
+citations.
 
 Used by docs/build.py and by the tests; needs nothing but the standard library.
 """
@@ -8,12 +9,29 @@ import io
 import json
 import re
 import tokenize
+from configparser import ConfigParser
 from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+):?[ \t]*(.*?)\s*$", re.M)
+
+
+def settings() -> dict:
+    "What settings.ini says."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def addressed(text: str) -> str:
+    "Addresses in place of their short forms."
+    cfg = settings()
+    colab = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/".format(
+        **cfg
+    )
+    return text.replace("{git_url}", cfg["git_url"]).replace("(colab:", f"({colab}")
 
 
 def source(cell) -> str:
@@ -33,6 +51,23 @@ def cells(path: Path) -> list:
 def chapters() -> list:
     "The notebooks in order, without the index."
     return sorted(NBS.glob("[0-9]*.ipynb"))
+
+
+PARTS = {
+    "Theory": range(1, 7),
+    "Measure": range(7, 13),
+    "Train": range(13, 17),
+    "Trust and mend": range(17, 20),
+    "Evidence": range(20, 30),
+}
+
+
+def parts() -> dict:
+    "Part of the book -> its chapters; the tour comes before all of them."
+    return {
+        part: [c for c in chapters() if int(c.stem[:2]) in numbers]
+        for part, numbers in PARTS.items()
+    }
 
 
 def title(path: Path) -> str:
@@ -140,7 +175,8 @@ def labels(path: Path, tree, seen=()) -> dict:
 
 
 def alt_text(path: Path, i: int) -> str:
-    "The alternative text of the figure that cell i shows: `#| fig-alt:`, else from its labels and the prose around it."
+    """The alternative text of the figure that cell i shows: `#| fig-alt:`, else from its labels
+    and the prose around it."""
     every, cell = cells(path), cells(path)[i]
     if "fig-alt" in directives(cell):
         return directives(cell)["fig-alt"]
@@ -195,7 +231,10 @@ def parameters(node, text: str, notes: dict) -> tuple:
         if arg.arg in ("self", "cls"):
             continue
         stars = "*" * ((arg is a.vararg) + 2 * (arg is a.kwarg))
-        segment = lambda n: ast.get_source_segment(text, n) if n is not None else ""
+
+        def segment(n):
+            return ast.get_source_segment(text, n) if n is not None else ""
+
         rows.append(
             (stars + arg.arg, segment(arg.annotation), segment(default), notes.get(last, ""))
         )
@@ -257,6 +296,14 @@ def modules() -> dict:
     return found
 
 
+def patched(node) -> str:
+    "The class that `@patch` adds a function to; empty where it is none."
+    marks = {getattr(d, "id", "") for d in getattr(node, "decorator_list", [])}
+    if "patch" not in marks:
+        return ""
+    return ast.unparse(node.args.args[0].annotation).strip("'\"")
+
+
 @lru_cache(None)
 def api(module: str) -> tuple:
     "The module's docstring, and a description of each name in its `__all__`."
@@ -269,7 +316,12 @@ def api(module: str) -> tuple:
     )
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     for n in tree.body:
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public:
+        if owner := patched(n):  # a method, added to its class in a cell of its own
+            method = described(n, text, notes)
+            method["rows"] = [r for r in method["rows"] if r[0] != "self"]
+            if owner in found and not n.name.startswith("_"):
+                found[owner]["methods"].append(method)
+        elif isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public:
             found[n.name] = described(n, text, notes)
         elif isinstance(n, ast.Assign) and isinstance(n.targets[0], (ast.Name, ast.Tuple)):
             targets = getattr(n.targets[0], "elts", [n.targets[0]])
@@ -351,12 +403,13 @@ WORDS = {
 
 
 def mentions(text: str) -> set:
-    "The statements that a piece of text names; `(5)-(8)`, `Thms 3, 4` and `Props 1-2` are spelt out."
+    """The statements that a piece of text names; `(5)-(8)`, `Thms 3, 4` and `Props 1-2` are spelt
+    out."""
     found = set()
     for a, b in re.findall(r"\((\d+)\)(?:\s*(?:-|to)\s*\((\d+)\))?", text):
         found |= {f"({i})" for i in range(int(a), int(b or a) + 1)}
     for word, numbers in re.findall(
-        r"\b(Def|Prop|Thm|Theorem|Remark|Definition|Proposition|Figure|Fig)s?\.? (\d(?:(?:,| and|-) ?\d)*)(?!\d| \([ab]\))",
+        r"\b(Def|Prop|Thm|Theorem|Remark|Definition|Proposition|Figure|Fig)s?\.? (\d(?:(?:,| and|-) ?\d)*)(?!\d| \([ab]\))",  # noqa: E501
         text,
     ):
         for a, b in re.findall(r"(\d)(?:-(\d))?", numbers):
@@ -411,7 +464,7 @@ KINDS = {
     "SciPy": r"\bstats\.|\bnorm\.|\bndtr\(",
 }
 ASSERTS = re.compile(
-    r"^\s*(?:assert\b|close\(|test_\w+\(|count\(|np\.testing\.|torch\.testing\.|with expect_fail\()|:\s*(?:assert\b|close\()",
+    r"^\s*(?:assert\b|close\(|test_\w+\(|count\(|np\.testing\.|torch\.testing\.|with expect_fail\()|:\s*(?:assert\b|close\()",  # noqa: E501
     re.M,
 )
 
@@ -474,7 +527,7 @@ def statements() -> dict:
 # --- citations -------------------------------------------------------------------------------
 
 CITED = re.compile(
-    r"(?<![A-Za-z])([A-Z][\w'éáö]+)(?:,? (?:et al\.?|(?:and|&) [A-Z]\w+)|-[A-Z]\w+|(?:, [A-Z]\w+)+ & [A-Z]\w+)?,? \(?((?:18|19|20)\d\d)\b"
+    r"(?<![A-Za-z])([A-Z][\w'éáö]+)(?:,? (?:et al\.?|(?:and|&) [A-Z]\w+)|-[A-Z]\w+|(?:, [A-Z]\w+)+ & [A-Z]\w+)?,? \(?((?:18|19|20)\d\d)\b"  # noqa: E501
 )
 PLACES = {
     "ICLR",
@@ -501,7 +554,8 @@ def citations(text: str) -> set:
 
 
 def entries() -> dict:
-    "(first author, year) -> line of docs/bibliography.md; a second work of that author and year has the letter b after it."
+    """(first author, year) -> line of docs/bibliography.md; a second work of that author and year
+    has the letter b after it."""
     lines = (ROOT / "docs" / "bibliography.md").read_text(encoding="utf-8").splitlines()
     return {
         m.groups(): line for line in lines if (m := re.match(r"- \*\*(\S+) (\d{4}b?)\*\*", line))

@@ -13,59 +13,48 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from cifar_runs import alignment
 from digits_imbalanced import lean
 
-from fairmix_nb.data import load, write_aside
+from fairmix_nb.data import load, spread_subset
+from fairmix_nb.methods import TrainCfg, alignment, describe, method_of
 from fairmix_nb.models import build
-from fairmix_nb.risk import pack_flags
-from fairmix_nb.train import TrainCfg, attack_errors, fit, provenance
+from fairmix_nb.records import provenance, write_aside
+from fairmix_nb.report import attack_errors, outcome_of
+from fairmix_nb.train import fit
 
 ROOT, EPS = Path(__file__).resolve().parent.parent, (0.2, 0.3)
-MIX = ("attack", "mix")
-METHODS = dict(
-    at=dict(pipeline=("attack",)),
-    attack_mix=dict(pipeline=MIX),
-    any_mix=dict(pipeline=MIX, partner="any"),
-    nfgsm=dict(pipeline=("attack",), attack="nfgsm"),
-    galign=dict(pipeline=("attack",), grad_align=0.2),
-    pgd=dict(pipeline=("attack",), attack="pgd", steps=7),
+# name -> method, attack in training
+RUNS = dict(
+    at=("at", "fgsm"),
+    attack_mix=("attack_mix", "fgsm"),
+    any_mix=("any_mix", "fgsm"),
+    nfgsm=("at", "nfgsm"),
+    galign=("gradalign", "fgsm"),
+    pgd=("at", "pgd"),
 )
 
 
-def one(method, eps, seed, epochs):
+def one(name, eps, seed, epochs):
     "Train, attack, and measure how well the gradients in the ball agree."
-    data = load("digits", seed, progress=False)
-    cfg = TrainCfg(
-        eps=eps,
-        epochs=epochs,
-        batch=64,
-        lr=3e-3,
-        seed=seed,
-        schedule=("step", max(1, round(0.62 * epochs)), 0.1),
-        **METHODS[method],
-    )
-    done = fit(
-        build("small_cnn", 10, 1, seed), data, cfg, device="cpu", watched=epochs, progress=False
-    )
-    images = data.test.subset(torch.argsort(data.test.y, stable=True))
-    wrong = attack_errors(done.model, images, eps, ("clean", "fgsm", "pgd-50"))
+    data, (method, attack) = load("digits", seed, progress=False), RUNS[name]
+    drop = ("step", max(1, round(0.62 * epochs)), 0.1)
+    recipe = dict(eps=eps, epochs=epochs, batch=64, lr=3e-3, seed=seed, schedule=drop)
+    cfg, net = TrainCfg(attack=attack, **recipe), build("small_cnn", 10, 1, seed)
+    done = fit(net, data, cfg, method, device="cpu", watched=epochs, progress=False)
+    images = spread_subset(data.test, len(data.test))  # in order of class
+    wrong = attack_errors(done.model, images, cfg.threat, ("clean", "fgsm", "pgd-50"))
+    found = outcome_of(wrong, images, cfg.threat).record
     generator = torch.Generator().manual_seed(seed)
-    cosine = alignment(done.model, images.floats(), images.y, eps, (0.0, 1.0), generator)
-    count = lambda w: torch.bincount(images.y[w], minlength=10).tolist()
-    attacks = {
-        k: dict(n=images.counts(), wrong=count(w), flags=pack_flags(w.numpy()))
-        for k, w in wrong.items()
-    }
+    cosine = alignment(done.model, images.floats(), images.y, cfg.threat, generator)
     curves = {k: [round(c[k], 4) for c in done.curves] for k in ("clean", "fgsm", "pgd-5")}
     return dict(
-        method=method,
+        method=name,
         eps=eps,
         seed=seed,
-        cfg=asdict(cfg),
-        alignment=round(cosine, 4),
+        cfg=asdict(cfg) | dict(method=describe(method_of(method))),
+        alignment=round(cosine.mean().item(), 4),
         curves=curves,
-        attacks=attacks,
+        attacks={k: dict(v, n=found["n"]) for k, v in found["attacks"].items()},
         seconds=round(done.record["seconds"], 2),
         gradient_evaluations=done.record["gradient_evaluations"],
     )
@@ -80,16 +69,14 @@ def main(words=None):
     torch.set_num_threads(1)
     origin, runs = provenance("cpu"), []
     for seed in range(args.folds):
-        runs += [one(m, eps, seed, args.epochs) for eps in EPS for m in METHODS]
+        runs += [one(m, eps, seed, args.epochs) for eps in EPS for m in RUNS]
         print(f"fold {seed}: {len(runs)} runs", flush=True)
-    data = load("digits", 0, progress=False).describe()
-    shared = lean(runs)
     record = dict(
         schema=1,
         kind="digits collapse",
         epochs=args.epochs,
-        cfg=shared,
-        data=data,
+        cfg=lean(runs),
+        data=load("digits", 0, progress=False).describe(),
         provenance=origin,
         device="cpu",
         runs=runs,

@@ -3,10 +3,12 @@
 
     python tools/mutate.py [--sample 40] [--record nbs/results/mutation.json] [gaussian theory ...]
 
-A mutant changes one thing in one exported function: an operator, a comparison, a constant, a dropped
+A mutant changes one thing in one exported function: an operator, a comparison, a constant, a
+dropped
 root or sign, two swapped arguments, a minimum for a maximum, a check left out. The notebook's code
 cells then run in one process until one fails. Cells before the change are run once for all mutants
-and each mutant goes on from there in a fork of its own. Flagged cells are skipped, as in nbdev_test.
+and each mutant goes on from there in a fork of its own. Flagged cells are skipped, as in
+nbdev_test.
 """
 
 import argparse
@@ -174,7 +176,7 @@ def mutants(tree) -> list:
     found = []
     defined = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     for top in defined:
-        for number, (parent, field, child) in enumerate(inner(top)):
+        for number, (_parent, _field, child) in enumerate(inner(top)):
             for kind, new in changes(child):
                 before = ast.unparse(child)
                 whole = copy.deepcopy(tree)
@@ -192,7 +194,7 @@ def mutants(tree) -> list:
                         dict(
                             function=top.name,
                             kind=kind,
-                            change=f"{' '.join(before.split())[:90]} -> {' '.join(after.split())[:90]}",
+                            change=f"{' '.join(before.split())[:90]} -> {' '.join(after.split())[:90]}",  # noqa: E501
                             line=getattr(child, "lineno", top.lineno) - top.lineno,
                             text=text,
                         )
@@ -257,7 +259,8 @@ def forked(sources: list, space: dict, limit: float) -> tuple:
 
 
 def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
-    "How many single changes there are, and the sampled ones (or the survivors of `before`) with what became of them."
+    """How many single changes there are, and the sampled ones (or the survivors of `before`) with
+    what became of them."""
     path = book.modules()[module]
     cells = [
         (i, re.sub(r"^\s*[%!].*$", "pass", book.source(c), flags=re.M))
@@ -270,7 +273,10 @@ def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
             every += [m | dict(cell=i) for m in mutants(ast.parse(source))]
     sample, out, space, start = chosen(every, n), [], {"__name__": "__main__"}, time.time()
     if before is not None:
-        name = lambda m: (m["function"], m["kind"], m["change"], m["line"])
+
+        def name(m):
+            return (m["function"], m["kind"], m["change"], m["line"])
+
         again = {name(m) for m in before if m["result"] == "survived"}
         sample, out = (
             [m for m in every if name(m) in again],
@@ -373,7 +379,7 @@ def main() -> int:
         for m in found:
             if m["result"] == "survived":
                 print(
-                    f"survived: {m['module']}.{m['function']}: {m['change']}  ({m['why'] or 'NOT EXPLAINED'})",
+                    f"survived: {m['module']}.{m['function']}: {m['change']}  ({m['why'] or 'NOT EXPLAINED'})",  # noqa: E501
                     flush=True,
                 )
     if path:

@@ -108,7 +108,7 @@ def differences(old, new) -> list[str]:
         loose = "structure" in directives(a)
         if [shape_of(o) for o in a["outputs"]] != [shape_of(o) for o in b["outputs"]]:
             out.append(
-                f"cell {i}: stored {[shape_of(o) for o in a['outputs']]}, now {[shape_of(o) for o in b['outputs']]}"
+                f"cell {i}: stored {[shape_of(o) for o in a['outputs']]}, now {[shape_of(o) for o in b['outputs']]}"  # noqa: E501
             )
         else:
             for o, n in zip(a["outputs"], b["outputs"]):
