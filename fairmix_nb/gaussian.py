@@ -332,13 +332,13 @@ def _box_weights(delta, cov, r):
 
 
 def _ball_weights(delta, cov, r):
-    "Inverse of cov + tau, times delta, with tau such that the way ends on the ball of radius r."
+    "Inverse of cov + tau r, times delta, with tau such that the way ends on the ball of radius r."
     lam, axes = np.linalg.eigh(cov)
-    a, size = axes.T @ delta, np.linalg.norm(delta)
-    low, high = (r * lam[i] / (size - r) for i in (0, -1))
-    miss = np.vectorize(lambda tau: np.linalg.norm(a * tau / (tau + lam)) - r)
-    tau = brentq(miss, low * (1 - 1e-12), high * (1 + 1e-12), xtol=1e-300, rtol=1e-15) if r else 0
-    return axes @ (a / (tau + lam))
+    a, room = axes.T @ delta, np.linalg.norm(delta) - r
+    miss = np.vectorize(lambda tau: np.linalg.norm(a * tau / (tau * r + lam)) - 1)
+    low, high = lam[0] / room * (1 - 1e-12), lam[-1] / room * (1 + 1e-12)
+    tau = brentq(miss, low, high, xtol=1e-300, rtol=1e-15)
+    return axes @ (a / (tau * r + lam))
 
 # %% ../nbs/01_gaussian.ipynb #4c0cdd21
 @classmethod
