@@ -1,4 +1,7 @@
-"Everything is said once, in settings.ini; each `<name>_requirements` there becomes the extra `<name>`."
+"""Everything is said once, in settings.ini.
+
+Each `<name>_requirements` there becomes the extra `<name>`.
+"""
 
 from configparser import ConfigParser
 from pathlib import Path

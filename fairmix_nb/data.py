@@ -289,7 +289,10 @@ def list_images(
 ) -> tuple:  # class names, files relative to `folder`, labels
     "Image files below each class folder, in the order of torchvision's `ImageFolder`."
     folder = Path(folder)
-    shown = lambda path: not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    def shown(path):
+        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
     found = {
         d.name: [
             str(Path(at, f).relative_to(folder))

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONE_STEP', 'REASONS', 'WEAK', 'STYLE', 'CLEAN', 'STEP', 'STRONG', 'SWEEP', 'attack_errors', 'Outcome', 'outcome_of',
-           'worst_of', 'class_column', 'class_rows', 'spread_rows', 'one_step_signs', 'reasons_of', 'verdict_of',
-           'never_right', 'heading', 'text_of', 'flagged_by', 'verdict_on', 'html_table', 'html_of', 'page_of',
-           'canvas', 'name_ticks', 'class_view', 'load_outcome']
+           'class_column', 'class_rows', 'spread_rows', 'one_step_signs', 'reasons_of', 'verdict_of', 'html_table',
+           'canvas', 'load_outcome']
 
 # %% ../nbs/12_report.ipynb #d1a19b7c
 import json
@@ -23,8 +22,9 @@ from .models import fold_batchnorm
 from .records import SCHEMA, progress_bar, read_record, write_aside
 from .risk import class_counts, classwise_risk, cvar, exact_interval, gini, nsd
 from .risk import pack_flags
-from .risk import risk_range, summary, unpack_flags, worst_case, worst_class
+from .risk import risk_range, unpack_flags, worst_case, worst_class
 from .risk import worst_interval
+from .risk import summary as four_numbers
 
 # %% ../nbs/12_report.ipynb #faf15747
 def attack_errors(
@@ -234,12 +234,12 @@ def spread_rows(
     k = min(3, seen)
     rows = [["over the classes", *parts]]
     for name in ("avg", "std", "min", "max"):
-        rows.append([name, *(short(summary(p)[name]) for p in parts.values())])
+        rows.append([name, *(short(four_numbers(p)[name]) for p in parts.values())])
     for name, measure in {"range": risk_range, "Gini": gini}.items():
         rows.append([name, *(short(measure(p)) for p in parts.values())])
     rows.append([f"CVaR, {k} worst", *(short(cvar(p, k)) for p in parts.values())])
     rows.append(["NSD", *(short(nsd(p)) for p in parts.values())])
-    gaps = [summary(p)["max"] - summary(p)["avg"] for p in parts.values()]
+    gaps = [four_numbers(p)["max"] - four_numbers(p)["avg"] for p in parts.values()]
     return [*rows, ["worst - avg", *map(short, gaps)]]
 
 
@@ -274,7 +274,7 @@ def one_step_signs(
     fgsm: float,  # raw risk under FGSM
     strong: float,  # raw risk under a strong attack
 ) -> list:  # sentences, none where all is well
-    "What one step hides: labels in the perturbation - Kurakin 2017, or overfitting to it - Wong 2020"
+    "What one step hides: labels in the step - Kurakin 2017, overfitting to it - Wong 2020"
     found = []
     if fgsm < clean:
         found.append("FGSM below clean, the perturbation carries the label")
@@ -445,7 +445,7 @@ def canvas(
     plt.close(fig)
     return fig, ax
 
-
+# %% ../nbs/12_report.ipynb #e8d34812
 def name_ticks(axis, names, turned):
     "Names of classes along an axis, turned where they are long."
     angle = turned if max(map(len, names)) >= 4 else 0

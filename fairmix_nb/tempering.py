@@ -52,7 +52,7 @@ def _law_nodes(law) -> tuple:
     x = np.arange(0.02, 3.2, 0.04)
     q = expit(-np.pi * np.sinh(x))  # tanh-sinh in the quantile; both halves of the law
     w = np.cosh(x) * q * (1 - q)
-    lam = np.concatenate((q, 1 - q) if isinstance(law, str) else (law.ppf(q), law.isf(q)))
+    lam = np.concatenate((law.ppf(q), law.isf(q)))
     return variance_factor(lam), np.tile(w / w.sum() / 2, 2)
 
 
@@ -104,11 +104,11 @@ def _law_optimum(p, eps, g, w) -> float:
 # %% ../nbs/05_tempering.ipynb #9d76f349
 def law_threshold(
     p: GaussianPair,  # the two classes; arrays of problems broadcast
-    law,  # of lambda: a number in [0, 1], 'uniform' or a SciPy frozen distribution on [0, 1]
+    law,  # of lambda, in any form that `mixup.as_law` takes
     eps: float = 0.0,  # radius the line is trained against, >= 0
 ) -> np.ndarray:  # t = b/w of the optimal line; +inf: always +1, -inf: always -1
     "Global minimiser of the risk on data mixed with a random lambda - eqs. (9)-(13)"
-    _check_law(law)
+    law = as_law(law)
     if isinstance(law, Real):
         return threshold(p, variance_factor(float(law)), eps)
     g, w = _law_nodes(law)

@@ -386,13 +386,17 @@ def test_autoattack_through_the_door():
 
 
 def test_autoattack_in_other_units():
-    "Where the range of the pixels never binds, normalised inputs without a box are the same question."
+    """Where the range of the pixels never binds, normalised inputs without a box are the same
+    question."""
     pytest.importorskip("pyautoattack")
     net, x, y = digits_net()
     x, y = 0.3 + 0.4 * x[:40], y[:40]
     mean, std, eps = 0.5, 0.2, 0.03
     pixels = wrong(net, autoattack(net, x, y, eps), y)
-    other = lambda z: net(z * std + mean)
+
+    def other(z):
+        return net(z * std + mean)
+
     z = autoattack(other, (x - mean) / std, y, torch.full((1, 1, 1, 1), eps / std), box=None)
     units = wrong(other, z, y)
     assert 10 < pixels.sum() < 35 and (pixels != units).sum() <= 1, (pixels.sum(), units.sum())
@@ -421,7 +425,9 @@ def test_restarts_are_for_samples_that_still_stand():
         asked.append(len(z) * z.requires_grad)
         return net(z)
 
-    broken = lambda z: net(z).argmax(1) != y
+    def broken(z):
+        return net(z).argmax(1) != y
+
     one = broken(attack_by_name("pgd-10")(net, x, y, 0.1, generator=gen()))
     all_starts = pgd(net, x, y, 0.1, 10, restarts=6, generator=gen())
     found = attack_by_name("pgd-10x6")(counted, x, y, 0.1, generator=gen())

@@ -1,4 +1,5 @@
-"The command `fairmix`, as a user types it: what it prints, what it refuses, and what it leaves behind."
+"""The command `fairmix`, as a user types it: what it prints, what it refuses, and what it leaves
+behind."""
 
 import json
 import os
@@ -14,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fairmix_nb.compare import compare, main, preset
-from fairmix_nb.train import TrainCfg
+from fairmix_nb.cli import main
+from fairmix_nb.compare import compare, preset
+from fairmix_nb.methods import TrainCfg
 
 QUICK = [
     "compare",
@@ -167,7 +169,9 @@ def test_show_of_nothing(capsys, tmp_path):
 
 
 def test_bad_folders(capsys, tmp_path):
-    argv = lambda folder: ["compare", "--data", folder, "--out", tmp_path / "out", "--epochs", "1"]
+    def argv(folder):
+        return ["compare", "--data", folder, "--out", tmp_path / "out", "--epochs", "1"]
+
     (tmp_path / "empty").mkdir()
     refused(capsys, argv(tmp_path / "empty"), "empty")
     lonely = make_folder(tmp_path / "lonely", n=4)
@@ -194,11 +198,14 @@ def test_no_space_left(capsys, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
     out = tmp_path / "run"
-    code = "import sys; from fairmix_nb.compare import main; sys.exit(main())"
+    code = "import sys; from fairmix_nb.cli import main; sys.exit(main())"
     argv = ["compare", "--methods", "at", "--seeds", "0", "--epochs", "500", "--out", str(out)]
-    heard = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a background shell ignores SIGINT; a terminal does not
+
+    def heard():
+        return signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a background shell ignores SIGINT; a terminal does not
+
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True, preexec_fn=heard
     )

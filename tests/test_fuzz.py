@@ -1,4 +1,5 @@
-"Malformed records, checkpoints, folders and command lines: a sentence, never a traceback; the input is never changed."
+"""Malformed records, checkpoints, folders and command lines: a sentence, never a traceback; the
+input is never changed."""
 
 import copy
 import hashlib
@@ -10,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fairmix_nb.compare import main
+from fairmix_nb.cli import main
 from fairmix_nb.data import load
-from fairmix_nb.train import CHECKPOINT, load_checkpoint, sha256_of
+from fairmix_nb.records import digest as sha256_of
+from fairmix_nb.runs import CHECKPOINT, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 JUNK = [
@@ -257,7 +259,7 @@ WORDS = [
 def test_any_command_line_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, seed):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "fairmix_nb.compare.run_one", lambda *a, **k: pytest.skip("a command line that works")
+        "fairmix_nb.compare.one_run", lambda *a, **k: pytest.skip("a command line that works")
     )
     rng = random.Random(seed)
     argv = rng.choice([["compare"], ["show"], []]) + rng.choices(WORDS, k=rng.randrange(1, 7))

@@ -331,7 +331,10 @@ def test_a_fixed_law_is_its_number(problem, lam):
     t, plain = tempering.law_threshold(p, "uniform", eps), theory.threshold(p, 1.0, eps)
     assert not np.isnan(t)
     if np.isfinite(t) and np.isfinite(plain):
-        at = lambda t: gaussian.gap(gaussian.class_risk(t, p, eps=eps))
+
+        def at(t):
+            return gaussian.gap(gaussian.class_risk(t, p, eps=eps))
+
         assert at(t) <= at(plain) + 1e-9
 
 
@@ -474,8 +477,13 @@ def test_attacks_stay_in_ball_and_box_and_permute_with_the_batch(seed, eps, atta
 @given(seeds, real(0, 0.5), st.integers(1, 3))
 def test_more_starts_are_never_worse_and_never_better_than_clean(seed, eps, restarts):
     model, (x, y) = network(seed % 7), images(seed)
-    loss = lambda z: attacks.cross_entropy(model(z), y)
-    run = lambda r: loss(attacks.pgd(model, x, y, eps, 2, restarts=r, generator=generator(seed)))
+
+    def loss(z):
+        return attacks.cross_entropy(model(z), y)
+
+    def run(r):
+        return loss(attacks.pgd(model, x, y, eps, 2, restarts=r, generator=generator(seed)))
+
     with torch.no_grad():
         assert (run(restarts) >= loss(x)).all() and (
             run(restarts + 1) >= run(restarts) - 1e-12

@@ -1,4 +1,5 @@
-"One run in several processes: the same gradients as in one, the same weights in all, and no waiting for the dead."
+"""One run in several processes: the same gradients as in one, the same weights in all, and no
+waiting for the dead."""
 
 import json
 import os
@@ -6,21 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import fairmix_nb.train as train
 from fairmix_nb.data import load
+from fairmix_nb.methods import Pipeline, TrainCfg, Weighted
 from fairmix_nb.models import build
-from fairmix_nb.train import TrainCfg, fit, fit_ranks, launch, process_group
+from fairmix_nb.ranks import fit_ranks, launch, process_group
+from fairmix_nb.train import fit
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainCfg(
-    pipeline=("attack", "mix"),
     attack="pgd",
     steps=2,
     eps=0.1,
@@ -29,17 +30,38 @@ TINY = TrainCfg(
     lr=3e-3,
     augment="crop_flip",
 )
-STEP = TrainCfg(pipeline=(), eps=0.1, epochs=1, batch=50, lr=0.1, optimizer="sgd", bn_attack="eval")
+STEP = TrainCfg(eps=0.1, epochs=1, batch=50, lr=0.1, optimizer="sgd", bn_attack="eval")
 WEIGHTS = tuple(1.0 + 0.3 * i for i in range(10))
-SAME_AS_ONE = {  # images, configuration; 50 a step: the last steps have 1 image (an empty slice) or 49
-    "natural": (101, STEP),
-    "fgsm": (99, replace(STEP, pipeline=("attack",))),
-    "class weights": (99, replace(STEP, class_weights=WEIGHTS)),
+BOTH = Pipeline(("attack", "mix"))
+
+
+@dataclass(frozen=True)
+class Moving(Pipeline):
+    "A weight a class that follows the class's risk in training: its memory must be everybody's."
+
+    def start(self, run):
+        return dict(weight=run.ones())
+
+    def step(self, run, x, y):
+        x = run.attack(x, y)
+        z = run.logits(x)
+        run.tally(z, y)
+        return run.state["weight"][y] * run.loss(z, y)
+
+    def end_epoch(self, run):
+        run.state["weight"] = 0.5 + run.risk()
+
+
+SAME_AS_ONE = {  # images, method; 50 a step: the last steps have 1 image (an empty slice) or 49
+    "natural": (101, Pipeline(())),
+    "fgsm": (99, Pipeline()),
+    "class weights": (99, Weighted((), weights=WEIGHTS)),
 }
 SAME_IN_BOTH = {
-    "whole": (TINY, {}),
-    "shard": (replace(TINY, epochs=1), dict(shard=True)),
-    "set": (replace(TINY, epochs=1, partner="set"), {}),
+    "whole": (TINY, BOTH, {}),
+    "shard": (replace(TINY, epochs=1), BOTH, dict(shard=True)),
+    "set": (replace(TINY, epochs=1), Pipeline(BOTH.steps, partner="set"), {}),
+    "moving": (replace(TINY, epochs=2, attack="fgsm"), Moving(), {}),
 }
 
 
@@ -71,15 +93,19 @@ def weights(run):
 
 
 def many_runs(folder):
-    "In each process: every case, and the uninterrupted run with its record; the weights they end with."
+    """In each process: every case, and the uninterrupted run with its record; the weights they end
+    with."""
     found, quiet = {}, dict(progress=False, device="cpu", timeout=60)
     with process_group("cpu", 60):
-        for name, (n, cfg) in SAME_AS_ONE.items():
-            found[name] = weights(fit_ranks(build("small_cnn", 10, 1, 0), digits(n), cfg, **quiet))
-        for name, (cfg, kw) in SAME_IN_BOTH.items():
-            found[name] = weights(
-                fit_ranks(with_bn(), digits(), cfg, out=f"{folder}/{name}", **kw, **quiet)
-            )
+        for name, (n, method) in SAME_AS_ONE.items():
+            net = build("small_cnn", 10, 1, 0)
+            found[name] = weights(fit_ranks(net, digits(n), STEP, method, **quiet))
+        for name, (cfg, method, kw) in SAME_IN_BOTH.items():
+            kw = dict(kw, out=f"{folder}/{name}", **quiet)
+            run = fit_ranks(with_bn(), digits(), cfg, method, **kw)
+            found[name] = weights(run)
+            if name == "moving":
+                found["memory"] = [torch.tensor(row["weight"]) for row in run.curves]
         refused = {}
         for name, cfg, kw in [
             ("batch", replace(TINY, batch=63), {}),
@@ -88,7 +114,7 @@ def many_runs(folder):
             ("resumed", TINY, dict(out=f"{folder}/whole", resume=True, shard=True)),
         ]:
             with pytest.raises(ValueError) as e:
-                fit_ranks(with_bn(), digits(), cfg, **kw, **quiet)
+                fit_ranks(with_bn(), digits(), cfg, BOTH, **kw, **quiet)
             refused[name] = str(e.value)
     return found, refused
 
@@ -101,19 +127,13 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SAME_AS_ONE)
 def test_steps_of_two_processes_are_the_steps_of_one(two, name):
-    n, cfg = SAME_AS_ONE[name]
+    n, method = SAME_AS_ONE[name]
     start = build("small_cnn", 10, 1, 0)
     first = [v.clone() for v in start.state_dict().values()]
-    one = weights(fit(start, digits(n), cfg, device="cpu", progress=False))
-    far = weights(
-        fit(
-            build("small_cnn", 10, 1, 0),
-            digits(n),
-            replace(cfg, batch=25),
-            device="cpu",
-            progress=False,
-        )
-    )
+    kw = dict(device="cpu", progress=False)
+    one = weights(fit(start, digits(n), STEP, method, **kw))
+    smaller = replace(STEP, batch=25)
+    far = weights(fit(build("small_cnn", 10, 1, 0), digits(n), smaller, method, **kw))
     for a, b, w0, other in zip(two[0][0][0][name], one, first, far):
         moved = (b - w0).abs().max()
         assert (a - b).abs().max() <= 1e-4 * moved, (a - b).abs().max() / moved
@@ -129,6 +149,12 @@ def test_both_processes_end_with_the_same_weights(two, name):
     assert not torch.equal(a["whole"][0], a["set"][0])
     kept = torch.load(two[1] / name / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(v, w) for v, w in zip(a[name], kept.values()))
+
+
+def test_what_a_method_remembers_of_the_classes_is_the_same_in_both(two):
+    (a, _), (b, _) = two[0]
+    assert all(torch.equal(v, w) for v, w in zip(a["memory"], b["memory"]))
+    assert (a["memory"][0] != 1).any() and not torch.equal(*a["memory"])
 
 
 def test_one_record_says_how_many_and_counts_the_work_of_all(two):
@@ -148,7 +174,7 @@ def test_what_several_processes_cannot_do_is_refused(two):
 
 def dies_in_the_middle(out, **kw):
     "The second process kills itself in its second epoch, between the forward passes of a step."
-    steps, real = [0], train.step_loss
+    steps, real = [0], Pipeline.step
 
     def counted(*args):
         steps[0] += 1
@@ -157,12 +183,9 @@ def dies_in_the_middle(out, **kw):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
 
-    train.step_loss = counted
-    return weights(
-        fit_ranks(
-            with_bn(), digits(), TINY, out=out, device="cpu", progress=False, timeout=60, **kw
-        )
-    )
+    Pipeline.step = counted
+    kw.update(out=out, device="cpu", progress=False, timeout=60)
+    return weights(fit_ranks(with_bn(), digits(), TINY, BOTH, **kw))
 
 
 def goes_on(out):
@@ -171,6 +194,7 @@ def goes_on(out):
             with_bn(9),
             digits(),
             TINY,
+            BOTH,
             out=out,
             resume=True,
             device="cpu",
@@ -211,7 +235,7 @@ def torchrun(*argv, **kw):
         "--nproc-per-node",
         "2",
         "-m",
-        "fairmix_nb.train",
+        "fairmix_nb.train",  # an alias of `fairmix_nb.cli train`
     ]
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     return subprocess.Popen(
@@ -228,8 +252,8 @@ def torchrun(*argv, **kw):
 QUICK = [
     "--model",
     "small_cnn",
-    "--pipeline",
-    "attack,mix",
+    "--method",
+    "attack_mix",
     "--eps",
     "0.1",
     "--batch",
@@ -249,7 +273,7 @@ def test_torchrun_trains_is_killed_and_goes_on(tmp_path):
     run = torchrun(*QUICK, "--epochs", "40", "--out", out["whole"])
     said = run.communicate(timeout=180)[0]
     assert run.returncode == 0, said
-    assert said.count("checkpoint, record and curves") == 1
+    assert said.count("records and figures") == 1
     run = torchrun(*QUICK, "--epochs", "40", "--out", out["cut"])
     deadline = time.time() + 120
     while not (out["cut"] / "last.pt").exists() and time.time() < deadline:

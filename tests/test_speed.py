@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fairmix_nb.methods import METHODS, TrainCfg
 from fairmix_nb.mixup import ClassTable
 from fairmix_nb.models import build
-from fairmix_nb.train import TrainCfg, make_streams, training_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs" / "results"
@@ -84,9 +84,9 @@ def test_one_step_gradients_of_the_faster_rewrites_equal_the_naive_ones(name, ba
         last, Keep(last), x.contiguous(memory_format=torch.channels_last), y, EPS
     )
     cfg = TrainCfg(batch=20, eps=EPS)
-    adv, labels, spent = training_batch(ours, images, torch.arange(20), cfg, make_streams(0))
-    F.cross_entropy(ours(adv), labels).backward()
-    assert spent == 40 and abs(loss - other) < 1e-6
+    run = bench.new_run(ours, images, cfg)
+    METHODS["at"].step(run, *run.batch(torch.arange(20))).mean().backward()
+    assert run.gradients == 40 and abs(loss - other) < 1e-6
     same(grads(naive), grads(faster), rtol=1e-6, atol=1e-8)
     same(grads(naive), grads(ours), rtol=1e-6, atol=1e-8)
     with pytest.raises(AssertionError):  # another radius is seen
@@ -123,8 +123,8 @@ def test_running_statistics_move_once_a_forward_pass_of_each_step(batch):
     for mode in ("train", "train_frozen", "eval"):
         cfg = TrainCfg(batch=10, eps=EPS, bn_attack=mode)
         model = net(0, "resnet20")
-        state = bench.State(model, bench.make_optimizer(model, cfg), make_streams(0), net=model)
-        bench.run_epoch(state, bench.make_job(images, cfg))
+        run = bench.new_run(model, images, cfg)
+        bench.run_epoch(run, METHODS["at"], bench.Alone())
         moved[mode] = {
             int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)
         }

@@ -14,10 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fairmix_nb import data as D
 from fairmix_nb import mixup
 from fairmix_nb import train as T
+from fairmix_nb.methods import (
+    CHOICES,
+    FAST,
+    PIPELINES,
+    TRAIN_ATTACKS,
+    GradAlign,
+    LogitAdjusted,
+    Pipeline,
+    Run,
+    TrainCfg,
+    Weighted,
+    make_streams,
+)
 from fairmix_nb.models import build, fold_batchnorm
 
 HERE = Path(__file__).resolve().parent
-CFG = T.TrainCfg(("attack", "mix"), eps=0.1, epochs=4, batch=64, lr=3e-3, smoothing=0.1)
+CFG = TrainCfg(eps=0.1, epochs=4, batch=64, lr=3e-3, smoothing=0.1)
+BOTH = Pipeline(("attack", "mix"))
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and locks")
 
 
@@ -35,12 +49,20 @@ def network(seed=0):
         )
 
 
-def fit(data, cfg=CFG, seed=0, **kw):
-    return T.fit(network(seed), data, cfg, device="cpu", progress=False, **kw)
+def fit(data, cfg=CFG, method=BOTH, seed=0, **kw):
+    return T.fit(network(seed), data, cfg, method, device="cpu", progress=False, **kw)
 
 
 def resume(out, data, cfg=None, **kw):
     return T.resume(out, network(9), data, cfg, device="cpu", progress=False, **kw)
+
+
+def new_run(model, images, cfg, method, device="cpu"):
+    run = Run(
+        model, cfg, images, images, make_streams(0, device), tuple(images.counts()), net=model
+    )
+    run.optimizer, run.epoch, run.state = T.make_optimizer(model, cfg), 1, method.start(run)
+    return run
 
 
 def stop_after(epoch, error=KeyboardInterrupt):
@@ -60,41 +82,38 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize(
-    "kw",
-    [dict(pipeline=p, attack=a) for p in T.PIPELINES[1:] for a in T.CHOICES["attack"]]
+    "kw, method",
+    [(dict(attack=a), Pipeline(p)) for p in PIPELINES[1:] for a in TRAIN_ATTACKS]
     + [
-        dict(pipeline=("attack", "mix"), partner=p, k=k)
+        (dict(), Pipeline(BOTH.steps, partner=p, k=k))
         for p, k in [("self", 2), ("any", 2), ("set", 3), ("batch", 3)]
     ]
     + [
-        dict(grad_align=0.2),
-        dict(norm="l2", eps=0.5, attack="nfgsm"),
-        dict(eps=(0.1,), box=None, attack="noise"),
-        dict(optimizer="sgd", schedule=("cyclic", 0.4), smoothing=0.1, logit_adjust=1.0),
-        dict(lam_per="batch", pipeline=("mix",)),
-        dict(class_weights=(1.0,) * 10, augment="crop_flip", weight_decay=1e-3),
-        dict(law=("beta", 2, 2), pipeline=("mix",)),
+        (dict(), GradAlign()),
+        (dict(norm="l2", eps=0.5, attack="nfgsm"), Pipeline()),
+        (dict(eps=(0.1,), box=None, attack="noise"), Pipeline()),
+        (dict(optimizer="sgd", schedule=("cyclic", 0.4), smoothing=0.1), LogitAdjusted()),
+        (dict(), Pipeline(("mix",), lam_per="batch")),
+        (dict(augment="crop_flip", weight_decay=1e-3), Weighted(weights=(1.0,) * 10)),
+        (dict(), Pipeline(("mix",), law=("beta", 2, 2))),
+        (dict(attack="pgd", steps=2), "trades"),
+        (dict(), "ema"),
     ],
 )
-def test_every_choice_trains_and_repeats(digits, kw):
-    cfg = T.TrainCfg(**{**dict(eps=0.1, epochs=1, batch=80, lr=3e-3), **kw})
-    a, b = fit(digits, cfg), fit(digits, cfg)
+def test_every_choice_trains_and_repeats(digits, kw, method):
+    cfg = TrainCfg(**{**dict(eps=0.1, epochs=1, batch=80, lr=3e-3), **kw})
+    a, b = fit(digits, cfg, method), fit(digits, cfg, method)
     assert same_bits(a, b) and a.curves[0]["loss"] > 0
-    assert not same_bits(a, fit(digits, replace(cfg, seed=1))), "the seed must matter"
+    assert not same_bits(a, fit(digits, replace(cfg, seed=1), method)), "the seed must matter"
     json.dumps(a.record)
 
 
 def test_paper_and_control_are_what_they_say(digits):
     one = replace(CFG, epochs=1)
-    assert same_bits(
-        fit(digits, replace(one, partner="self")), fit(digits, replace(one, pipeline=("attack",)))
-    )
-    fields = T.TrainCfg.__dataclass_fields__
-    assert (
-        len(fields) <= 24
-        and T.TrainCfg().schedule == ("step", 50, 0.1)
-        and T.TrainCfg().smoothing == 0
-    )
+    control = Pipeline(BOTH.steps, partner="self")
+    assert same_bits(fit(digits, one, control), fit(digits, one, "at"))
+    assert TrainCfg().schedule == ("step", 50, 0.1) and TrainCfg().smoothing == 0
+    assert FAST["epochs"] == 15
 
 
 # nothing waits
@@ -118,31 +137,31 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "kw",
+    "kw, method",
     [
-        dict(),
-        dict(partner="set"),
-        dict(partner="any"),
-        dict(pipeline=("mix", "attack"), k=3),
-        dict(attack="pgd", steps=2),
-        dict(attack="nfgsm", eps=(0.1,)),
-        dict(grad_align=0.1),
-        dict(augment="crop_flip", logit_adjust=1.0, class_weights=(1.0,) * 10),
+        (dict(), BOTH),
+        (dict(), Pipeline(BOTH.steps, partner="set")),
+        (dict(), Pipeline(BOTH.steps, partner="any")),
+        (dict(), Pipeline(("mix", "attack"), k=3)),
+        (dict(attack="pgd", steps=2), BOTH),
+        (dict(attack="nfgsm", eps=(0.1,)), BOTH),
+        (dict(), GradAlign(weight=0.1)),
+        (dict(augment="crop_flip"), LogitAdjusted()),
+        (dict(), Weighted(weights=(1.0,) * 10)),
     ],
 )
-def test_an_epoch_asks_the_device_for_nothing(digits, kw, monkeypatch):
+def test_an_epoch_asks_the_device_for_nothing(digits, kw, method, monkeypatch):
     monkeypatch.setattr(
         mixup, "_check_labels", lambda *a: None
     )  # done on the CPU only, see 02_mixup
-    cfg, model = replace(CFG, **kw), network()
-    state = T.State(model, T.make_optimizer(model, cfg), T.make_streams(0), net=model)
-    job = T.make_job(digits.train, cfg)
-    T.run_epoch(state, job)  # what is made once is made now
+    cfg, model, one = replace(CFG, **kw), network(), T.Alone()
+    run = new_run(model, digits.train, cfg, method)
+    T.run_epoch(run, method, one)  # what is made once is made now
     with Waits() as waits:
-        T.run_epoch(state, job)
+        T.run_epoch(run, method, one)
     assert waits.found == ()
     with Waits() as waits:
-        T.one_epoch(state, job, digits.val, 20)
+        T.one_epoch(run, method, one, digits.val, 20, T.watch, "fp32")
     assert "_local_scalar_dense" in waits.found, "the losses are looked at when the epoch ends"
 
 
@@ -158,18 +177,17 @@ def naive_step(model, x, y, eps):
     return [p.grad for p in model.parameters()]
 
 
-def one_step(model, data, cfg, idx):
-    state = T.State(model.train(), T.make_optimizer(model, cfg), T.make_streams(0), net=model)
-    loss, _ = T.step_loss(state, T.make_job(data.train, cfg), idx)
-    loss.backward()
+def one_step(model, data, cfg, idx, method=BOTH):
+    run = new_run(model.train(), data.train, cfg, method)
+    x, y = run.batch(method.take(run, idx))
+    method.step(run, x, y).mean().backward()
     return [p.grad for p in model.parameters()]
 
 
 def test_gradients_of_a_step_are_the_naive_ones(digits):
-    cfg, idx = T.TrainCfg(eps=0.1, batch=32), torch.arange(32)
-    ours = one_step(
-        build("resnet20", 10, 1, seed=1).to(memory_format=torch.channels_last), digits, cfg, idx
-    )
+    cfg, idx = TrainCfg(eps=0.1, batch=32), torch.arange(32)
+    model = build("resnet20", 10, 1, seed=1).to(memory_format=torch.channels_last)
+    ours = one_step(model, digits, cfg, idx, Pipeline())
     theirs = naive_step(
         build("resnet20", 10, 1, seed=1).train(), digits.train.floats(idx), digits.train.y[idx], 0.1
     )
@@ -184,28 +202,27 @@ def test_gradients_of_a_step_are_the_naive_ones(digits):
     assert max((a - b).abs().max().item() for a, b in zip(ours, wrong)) > 1e-2 * size
 
 
-@pytest.mark.parametrize("attack", T.CHOICES["attack"])
+@pytest.mark.parametrize("attack", TRAIN_ATTACKS)
 def test_attack_leaves_no_trace_on_the_weights(digits, attack):
     model, idx = network().train(), torch.arange(20)
     model[0].bias.requires_grad_(False)  # a weight that is not learnt stays so
-    T.training_batch(model, digits.train, idx, replace(CFG, attack=attack), T.make_streams(0))
+    run = new_run(model, digits.train, replace(CFG, attack=attack), BOTH)
+    BOTH.before_loss(run, *run.batch(idx))
     assert all(p.grad is None for p in model.parameters()) and model.training
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True, True, True]
 
 
 def test_flags_come_back_after_an_error(digits):
     model = network().train()
-    broken = lambda *a: (_ for _ in ()).throw(RuntimeError("broken"))
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
     handle = model[3].register_forward_hook(broken)
-    for mode in T.CHOICES["bn_attack"]:
+    for mode in CHOICES["bn_attack"]:
+        run = new_run(model, digits.train, replace(CFG, bn_attack=mode), BOTH)
         with pytest.raises(RuntimeError, match="broken"):
-            T.attack_step(
-                model,
-                digits.train.floats(torch.arange(4)),
-                digits.train.y[:4],
-                replace(CFG, bn_attack=mode),
-                None,
-            )
+            run.attack(*run.batch(torch.arange(4)))
         assert (
             model.training
             and all(p.requires_grad for p in model.parameters())
@@ -216,19 +233,21 @@ def test_flags_come_back_after_an_error(digits):
 
 @pytest.mark.parametrize("mode, moves", [("train", 1), ("train_frozen", 0), ("eval", 0)])
 @pytest.mark.parametrize(
-    "kw, looks",
+    "kw, method, looks",
     [
-        (dict(), 1),
-        (dict(attack="pgd", steps=3), 3),
-        (dict(attack="nfgsm"), 1),
-        (dict(attack="noise"), 0),
-        (dict(grad_align=0.1), 3),
+        (dict(), BOTH, 1),
+        (dict(attack="pgd", steps=3), BOTH, 3),
+        (dict(attack="nfgsm"), BOTH, 1),
+        (dict(attack="noise"), BOTH, 0),
+        (dict(), GradAlign(weight=0.1), 3),
     ],
 )
-def test_running_statistics_are_updated_exactly_as_configured(digits, mode, moves, kw, looks):
+def test_running_statistics_are_updated_exactly_as_configured(
+    digits, mode, moves, kw, method, looks
+):
     cfg = replace(CFG, epochs=1, bn_attack=mode, **kw)
     steps = -(-len(digits.train) // cfg.batch)
-    found = int(fit(digits, cfg).model[1].num_batches_tracked)
+    found = int(fit(digits, cfg, method).model[1].num_batches_tracked)
     assert found == steps * (1 + moves * looks)
 
 
@@ -247,12 +266,11 @@ def test_folded_logits_after_training(digits):
 )
 def test_global_switches_come_back(digits, how):
     cudnn, product = torch.backends.cudnn, torch.backends.cuda.matmul
-    look = lambda: (
-        cudnn.allow_tf32,
-        product.allow_tf32,
-        cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-    )
+
+    def look():
+        slow = torch.are_deterministic_algorithms_enabled()
+        return cudnn.allow_tf32, product.allow_tf32, cudnn.benchmark, slow
+
     before, seen = look(), []
     with pytest.raises(ZeroDivisionError):
         fit(digits, on_epoch=lambda row: (seen.append(look()), 1 / 0), **how)
@@ -265,18 +283,20 @@ def test_bf16_is_asked_for_and_said(digits):
     assert not same_bits(a, b) and abs(a.curves[0]["loss"] - b.curves[0]["loss"]) < 0.1
     assert b.record["how"] == dict(compile=False, precision="bf16", deterministic=False)
     assert {p.dtype for p in b.model.parameters()} == {torch.float32}
-    with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, got 'fp16'"):
+    with pytest.raises(
+        ValueError, match="precision must be one of 'fp32', 'tf32', 'bf16', got 'fp16'"
+    ):
         fit(digits, precision="fp16")
 
 
 @pytest.mark.slow
 def test_compiled_step_has_the_gradients_of_the_eager_one(digits):
-    natural, idx = replace(CFG, pipeline=("mix",)), torch.arange(64)
-    for cfg, most in [(natural, 1e-5), (CFG, 0.02)]:  # an attack turns last bits into signs
-        eager = one_step(network(), digits, cfg, idx)
+    idx = torch.arange(64)
+    for method, most in [(Pipeline(("mix",)), 1e-5), (BOTH, 0.02)]:  # an attack turns bits to signs
+        eager = one_step(network(), digits, CFG, idx, method)
         model = network()
         with T.numerics(model, "cpu", True, "fp32", False):
-            compiled = one_step(model, digits, cfg, idx)
+            compiled = one_step(model, digits, CFG, idx, method)
         size = max(g.abs().max().item() for g in eager)
         assert max((a - b).abs().max().item() for a, b in zip(eager, compiled)) <= most * size
         assert model._compiled_call_impl is None
@@ -325,13 +345,13 @@ def test_divergence_stops_with_step_and_checkpoint(digits, tmp_path, monkeypatch
 
 @pytest.mark.cuda
 def test_cuda_step_has_the_gradients_of_the_cpu(digits):
-    natural, idx = replace(CFG, pipeline=()), torch.arange(64)
+    natural, idx = Pipeline(()), torch.arange(64)
     model = network().to("cuda", memory_format=torch.channels_last)
     with T.numerics(model, "cuda", False, "fp32", True):
         gpu = one_step(
-            model, replace(digits, train=digits.train.to("cuda")), natural, idx.to("cuda")
+            model, replace(digits, train=digits.train.to("cuda")), CFG, idx.to("cuda"), natural
         )
-    for a, b in zip(gpu, one_step(network(), digits, natural, idx)):
+    for a, b in zip(gpu, one_step(network(), digits, CFG, idx, natural)):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -339,10 +359,10 @@ def test_cuda_step_has_the_gradients_of_the_cpu(digits):
 @pytest.mark.parametrize("how", [dict(deterministic=True), dict(deterministic=True, compile=True)])
 def test_cuda_repeats_and_resumes(digits, tmp_path, how):
     cfg, kw = replace(CFG, augment="crop_flip"), dict(device="cuda", progress=False, **how)
-    whole, twin = (T.fit(network(), digits, cfg, **kw) for _ in range(2))
+    whole, twin = (T.fit(network(), digits, cfg, BOTH, **kw) for _ in range(2))
     assert same_bits(whole, twin)
     with pytest.raises(KeyboardInterrupt):
-        T.fit(network(), digits, cfg, out=tmp_path, on_epoch=stop_after(2), **kw)
+        T.fit(network(), digits, cfg, BOTH, out=tmp_path, on_epoch=stop_after(2), **kw)
     assert same_bits(whole, T.resume(tmp_path, network(9), digits, device="cuda", progress=False))
 
 
@@ -359,7 +379,7 @@ def test_cuda_repeats_and_resumes(digits, tmp_path, how):
 def test_cuda_options_learn_the_same(digits, how):
     cfg = replace(CFG, epochs=6)
     losses = [
-        T.fit(network(), digits, cfg, device="cuda", progress=False, **h).curves[-1]["loss"]
+        T.fit(network(), digits, cfg, BOTH, device="cuda", progress=False, **h).curves[-1]["loss"]
         for h in ({}, how)
     ]
     assert abs(losses[0] - losses[1]) < 0.1
@@ -367,12 +387,11 @@ def test_cuda_options_learn_the_same(digits, how):
 
 @pytest.mark.cuda
 def test_cuda_epoch_does_not_wait(digits):
-    cfg, model = replace(CFG, augment="crop_flip", logit_adjust=1.0), network().to("cuda")
-    state = T.State(model, T.make_optimizer(model, cfg), T.make_streams(0, "cuda"), net=model)
-    job = T.make_job(digits.train.to("cuda"), cfg)
-    T.run_epoch(state, job)
+    cfg, model, method = replace(CFG, augment="crop_flip"), network().to("cuda"), LogitAdjusted()
+    run = new_run(model, digits.train.to("cuda"), cfg, method, "cuda")
+    T.run_epoch(run, method, T.Alone())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        T.run_epoch(state, job)
+        T.run_epoch(run, method, T.Alone())
     finally:
         torch.cuda.set_sync_debug_mode("default")

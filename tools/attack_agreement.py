@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 
 import fairmix_nb.attacks as ours
-from fairmix_nb.data import load, write_aside
+from fairmix_nb.data import load
+from fairmix_nb.methods import TrainCfg
 from fairmix_nb.models import small_cnn
+from fairmix_nb.records import provenance, write_aside
 from fairmix_nb.risk import pack_flags
-from fairmix_nb.train import TrainCfg, fit, provenance
+from fairmix_nb.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = dict(natural=dict(pipeline=()), fgsm=dict(attack="fgsm"), pgd=dict(attack="pgd"))
+RECIPES = dict(natural=dict(), fgsm=dict(attack="fgsm"), pgd=dict(attack="pgd"))
 CONFIG = dict(
     data="digits, all 1,797 images; 1,000 of them for each net, drawn by its seed",
     points=1000,
@@ -53,7 +55,8 @@ def trained(recipe: str, seed: int):
         net = small_cnn(10, 1, CONFIG["width"])
     data = load("digits", seed, progress=False)
     cfg = TrainCfg(**{**CONFIG["train"], **RECIPES[recipe], "seed": seed})
-    fit(net, data, cfg, device="cpu", watched=1, progress=False)
+    method = "natural" if recipe == "natural" else "at"
+    fit(net, data, cfg, method, device="cpu", watched=1, progress=False)
     return net.eval().to(memory_format=torch.contiguous_format).requires_grad_(False), data
 
 

@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fairmix_nb.audit import audit, reasons_of
-from fairmix_nb.data import load, write_aside
+from fairmix_nb.audit import audit
+from fairmix_nb.data import load
+from fairmix_nb.methods import TrainCfg
 from fairmix_nb.models import Normalize, Quarters, conv_bn, kaiming
-from fairmix_nb.train import TrainCfg, fit, provenance
+from fairmix_nb.records import provenance, write_aside
+from fairmix_nb.report import reasons_of
+from fairmix_nb.train import fit
 
 ATTACKS = ("clean", "fgsm", "pgd-20", "apgd-ce")
 RADII = (0.1, 0.2, 0.3)

@@ -3,11 +3,13 @@
 
     python tools/bench.py                    # all blocks on the CPU -> nbs/results/speed_cpu.json
     python tools/bench.py --only step data   # some blocks; the record keeps the others
-    python tools/bench.py --peers            # against torchattacks, foolbox, ART -> speed_peers.json
+    python tools/bench.py --peers            # against torchattacks, foolbox, ART ->
+    speed_peers.json
     python tools/bench.py --device cuda      # an epoch, 80 epochs, several runs -> speed_cuda.json
     python tools/bench.py --rehearse --out x # any of them in seconds, tiny, nothing to conclude
 
-Inside a block the candidates take turns in one process, round after round: clocks drift several-fold
+Inside a block the candidates take turns in one process, round after round: clocks drift several-
+fold
 between hours on a shared machine, and only a ratio of neighbours means something. A ratio is formed
 in each round; its median, smallest and largest value are the result, every raw second is kept.
 Give the machine to it alone: 'step' takes about two minutes, all blocks together about ten.
@@ -42,21 +44,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fairmix_nb.attacks import fgsm, pgd
-from fairmix_nb.data import ImageSet, as_floats, augment, batches, load, make_data, write_aside
+from fairmix_nb.data import ImageSet, as_floats, augment, batches, load, make_data
+from fairmix_nb.methods import METHODS, Pipeline, Run, TrainCfg, make_streams, mix_step
 from fairmix_nb.mixup import ClassTable, same_class_partner
 from fairmix_nb.models import build, fold_batchnorm
-from fairmix_nb.train import (
-    State,
-    TrainCfg,
-    fit,
-    make_job,
-    make_optimizer,
-    make_streams,
-    mix_step,
-    numerics,
-    provenance,
-    run_epoch,
-)
+from fairmix_nb.records import provenance, write_aside
+from fairmix_nb.train import Alone, fit, make_optimizer, numerics, run_epoch
 
 EPS = 8 / 255
 STAYS = contextlib.ExitStack()  # what `fit` sets for a run holds here until the process ends
@@ -160,7 +153,10 @@ def floors(job, flops_per_s, bytes_per_s):
     with Counter() as seen:
         job()
     heavy = [row for row in seen.rows if row[0]]
-    at = lambda rows: sum(max(f / flops_per_s, b / bytes_per_s) for f, b in rows)
+
+    def at(rows):
+        return sum(max(f / flops_per_s, b / bytes_per_s) for f, b in rows)
+
     return dict(
         operators=len(seen.rows),
         flops=sum(f for f, _ in seen.rows),
@@ -221,13 +217,20 @@ def images_of(n, size=32, n_cls=10, seed=0):
     return ImageSet(x, torch.arange(n) % n_cls, tuple(map(str, range(n_cls))))
 
 
-def trainer(images, cfg, device="cpu", name="resnet20", compile=False):
+def new_run(model, images, cfg, method=METHODS["at"], device="cpu"):
+    "A run before its first step, on `images` alone."
+    streams = make_streams(cfg.seed, device)
+    run = Run(model, cfg, images, images, streams, tuple(images.counts()), net=model, epoch=1)
+    run.optimizer, run.state = make_optimizer(model, cfg), method.start(run)
+    return run
+
+
+def trainer(images, cfg, device="cpu", name="resnet20", compile=False, method=METHODS["at"]):
     "An epoch of the package's own loop over `images`, as a call without arguments."
     model = build(name, images.n_cls).to(device, memory_format=torch.channels_last)
     STAYS.enter_context(numerics(model, device, compile, "fp32", False))
-    state = State(model, make_optimizer(model, cfg), make_streams(cfg.seed, device), net=model)
-    job = make_job(images, cfg)
-    return lambda: run_epoch(state, job)
+    run, one = new_run(model, images, cfg, method, device), Alone()
+    return lambda: run_epoch(run, method, one)
 
 
 def naive(x, y, device="cpu", step=naive_step, layout=torch.contiguous_format):
@@ -314,9 +317,10 @@ def loader(images, workers, batch=256):
 
 
 def consume(source):
-    for x, y in source:
+    batch = None
+    for batch in source:  # noqa: B007
         pass
-    return x, y
+    return batch
 
 
 def resident(images, generator, batch=256):
@@ -401,15 +405,19 @@ def scaling_jobs(tiny):
     "Name of the axis -> (value -> job, bytes that are there before the job starts)."
     b, width, name = (40, 1, "small_cnn") if tiny else (64, 4, "resnet20")
 
-    def point(n, **kw):
+    def point(n, method=METHODS["at"], **kw):
         images, cfg = images_of(n), TrainCfg(**{**dict(batch=b, eps=EPS), **kw})
-        return trainer(images, cfg, name=name), images.x.nbytes + images.y.nbytes
+        job = trainer(images, cfg, name=name, method=method)
+        return job, images.x.nbytes + images.y.nbytes
+
+    def from_set(k):
+        return point(b, Pipeline(("attack", "mix"), partner="set", k=k))
 
     return b, dict(
         images={n: point(n) for n in [i * width * b for i in (1, 2, 3, 4)]},
         batch={n: point(n, batch=n) for n in [i * b for i in (1, 2, 3, 4)]},
         pgd_steps={s: point(b, attack="pgd", steps=s) for s in (1, 2, 4, 7, 10)},
-        k_set={k: point(b, pipeline=("attack", "mix"), partner="set", k=k) for k in (2, 3, 4)},
+        k_set={k: from_set(k) for k in (2, 3, 4)},
     )
 
 
@@ -420,7 +428,7 @@ def block_scaling(rounds, tiny):
     x, g = images_of(32 if tiny else 256).floats(), torch.Generator().manual_seed(0)
     y = torch.arange(len(x)) % 10
     for k in K_BATCH:
-        mixing = TrainCfg(pipeline=("mix",), k=k, eps=EPS)
+        mixing = Pipeline(("mix",), k=k)
         jobs[f"k_batch {k}"] = repeat(lambda c=mixing: mix_step(x, y, c, 10, g), 20)
     seconds = interleave(jobs, rounds)
     memory = {name: peak_bytes(job) for name, job in jobs.items()}

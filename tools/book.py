@@ -323,27 +323,28 @@ def api(module: str) -> tuple:
                 found[owner]["methods"].append(method)
         elif isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public:
             found[n.name] = described(n, text, notes)
-        elif isinstance(n, ast.Assign) and isinstance(n.targets[0], (ast.Name, ast.Tuple)):
+        elif isinstance(n, ast.Assign):
             targets = getattr(n.targets[0], "elts", [n.targets[0]])
             values = n.value.elts if len(targets) > 1 else [n.value]
-            found |= {
-                t.id: dict(
-                    name=t.id,
-                    kind="constant",
-                    doc=notes.get(n.lineno, "") or constant(v),
-                    rows=[],
-                    back=("", ""),
-                    methods=[],
-                )
-                for t, v in zip(targets, values)
-                if t.id in public
-            }
-        elif isinstance(n, ast.Assign) and isinstance(
-            n.targets[0], ast.Attribute
-        ):  # Class.method = _function
-            method = described(functions[n.value.id], text, notes) | dict(name=n.targets[0].attr)
-            method["rows"] = [r for r in method["rows"] if r[0] != "self"]
-            found[n.targets[0].value.id]["methods"].append(method)
+            for t, v in zip(targets, values):
+                if isinstance(t, ast.Attribute):  # Class.method = function, or property(function)
+                    given = v.args[0] if isinstance(v, ast.Call) else v
+                    owner, function = getattr(t.value, "id", ""), functions.get(given.id)
+                    if owner in found and function:
+                        method = described(function, text, notes) | dict(name=t.attr)
+                        if isinstance(v, ast.Call):
+                            method["kind"] = "property"
+                        method["rows"] = method["rows"][1:] if owner else method["rows"]
+                        found[owner]["methods"].append(method)
+                elif isinstance(t, ast.Name) and t.id in public:
+                    found[t.id] = dict(
+                        name=t.id,
+                        kind="constant",
+                        doc=notes.get(n.lineno, "") or constant(v),
+                        rows=[],
+                        back=("", ""),
+                        methods=[],
+                    )
     return ast.get_docstring(tree), [found[name] for name in public if name in found]
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fairmix_nb.diagnosis import Subject
 
 from fairmix_nb.audit import audit
 from fairmix_nb.data import load, long_tailed, spread_subset
+from fairmix_nb.diagnosis import Subject
 from fairmix_nb.methods import (
     METHODS,
     GradAlign,

@@ -238,7 +238,7 @@ def forked(sources: list, space: dict, limit: float) -> tuple:
         os.close(read)
         said = "survived"
         try:
-            for i, source in sources:
+            for i, source in sources:  # noqa: B007
                 run(source, space)
         except BaseException:
             said = f"killed {i}"

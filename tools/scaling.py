@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """The measured cases of chapter 16, on the embedded digits.
 
-    python tools/scaling.py ranks    one run in one and in two processes   -> nbs/results/scaling.json
-    python tools/scaling.py ray      a grid on two Ray nodes, one is lost  -> nbs/results/ray_grid.json
+    python tools/scaling.py ranks    one run in one and in two processes   ->
+    nbs/results/scaling.json
+    python tools/scaling.py ray      a grid on two Ray nodes, one is lost  ->
+    nbs/results/ray_grid.json
 
 `ranks` calls the command line, so that what is timed is what a reader types; `ray` needs the extra
 `ray`. Both take a few minutes on two cores, which should have nothing else to do.
@@ -16,12 +18,12 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from fairmix_nb.compare import compare, preset
-from fairmix_nb.data import write_aside
-from fairmix_nb.train import fit, provenance
+from fairmix_nb.methods import Pipeline
+from fairmix_nb.records import provenance, write_aside
+from fairmix_nb.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs" / "results"
@@ -75,7 +77,8 @@ def one_command(words, threads, batch, epochs):
 
 
 def ranks(rounds=3):
-    "Every way in every round, so that a slow minute meets all of them; the record after each round."
+    """Every way in every round, so that a slow minute meets all of them; the record after each
+    round."""
     found = {}
     for done in range(1, rounds + 1):
         for batch, epochs in WORK.items():
@@ -130,7 +133,7 @@ def logged(name, pipeline, folder):
         )
         if folder:
             Path(folder, f"{name}-{cfg.seed}-{time.time_ns()}.json").write_text(json.dumps(start))
-        return fit(model, data, replace(cfg, pipeline=pipeline), **kw)
+        return fit(model, data, cfg, Pipeline(pipeline), **kw)
 
     method.__name__ = name
     return method
