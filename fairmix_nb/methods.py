@@ -22,6 +22,8 @@ import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
+
+# %% ../nbs/13_methods.ipynb #1c9ab057
 from torch import Tensor, nn
 
 # %% ../nbs/13_methods.ipynb #5169b8b0
@@ -636,7 +638,9 @@ class Averaged(Method):
 
     def end_epoch(self, run):
         self.inner.end_epoch(run)
-        if self.every == "epoch" and (self.gate is None or run.val_risk().max() <= self.gate):
+        if self.every == "epoch" and (
+            self.gate is None or run.val_risk().nan_to_num().max() <= self.gate
+        ):
             move_average(run, self.decay)
 
     def result(self, run):

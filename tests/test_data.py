@@ -53,7 +53,7 @@ def decodes(monkeypatch):
         ("digit", "did you mean 'digits'?"),
         ("cifar-10", "did you mean 'cifar10'?"),
         ("", "got ''"),
-        ("/no/such/folder", ", a folder, got '/no/such/folder'"),
+        ("/no/such/folder", "or a folder, got '/no/such/folder'"),
     ],
 )
 def test_names(name, text, monkeypatch, tmp_path):
@@ -151,7 +151,7 @@ def test_folders_that_do_not_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     fails("must hold one folder per class, got none", tmp_path / "empty")
     (tmp_path / "file").write_text("x")
-    fails(", a folder, got", tmp_path / "file")
+    fails("or a folder, got", tmp_path / "file")
     make(tmp_path / "a" / "train"), make(tmp_path / "a" / "test", (2, 2, 2))
     fails("must have the same class folders, got only in one of them: ['c']", tmp_path / "a")
     make(tmp_path / "b" / "train")
