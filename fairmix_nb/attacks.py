@@ -85,11 +85,11 @@ class L2:
         "The steepest unit step: the slope itself, of length one"
         tiny = torch.finfo(g.dtype).tiny
         g = g / g.abs().amax(tuple(range(1, g.ndim)), keepdim=True).clamp_min(tiny)
-        return g / length(g).clamp_min(tiny)
+        return g / _length(g).clamp_min(tiny)
 
     def project(self, d, eps):
         "The nearest displacement within the ball"
-        return d * (eps / length(d).clamp_min(torch.finfo(d.dtype).tiny)).clamp_max(1)
+        return d * (eps / _length(d).clamp_min(torch.finfo(d.dtype).tiny)).clamp_max(1)
 
     def start(self, x, eps, generator):
         "A displacement uniform in the ball"
@@ -100,8 +100,8 @@ class L2:
 
 NORMS = {"linf": Linf(), "l2": L2()}
 
-# %% ../nbs/07_attacks.ipynb #2ca396e6
-def length(v):
+
+def _length(v):
     "Euclidean length of each sample `(n, 1, ..., 1)`, never of the whole batch"
     return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
 
@@ -124,10 +124,10 @@ def one_of(
     "Refuse a name that is not among `names`, with the nearest that is"
     if name in names:
         return names[name] if isinstance(names, Mapping) else name
-    valid = [repr(v) for v in names] + ([more] if more else [])
+    valid = ", ".join(map(repr, names)) + (f" or {more}" if more else "")
     near = difflib.get_close_matches(str(name), [str(v) for v in names], 1, 0)
     hint = f": did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what} must be one of {', '.join(valid)}, got {name!r}{hint}")
+    raise ValueError(f"{what} must be one of {valid}, got {name!r}{hint}")
 
 
 @functools.lru_cache

@@ -32,6 +32,8 @@ from .risk import classwise_risk, exact_interval, paired_bootstrap
 from .risk import summary as four_numbers
 from .risk import worst_difference
 from .runs import checkpoints, curves_csv, load_checkpoint
+
+# %% ../nbs/20_compare.ipynb #a5b3049a
 from .train import fit
 from .train import resume as resume_fit
 

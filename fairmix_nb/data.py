@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# %% ../nbs/10_data.ipynb #792c397f
 from .attacks import one_of
 from .records import progress_bar, write_aside
 

@@ -27,6 +27,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+# %% ../nbs/16_ranks.ipynb #cfa82812
 from .attacks import patch
 from .data import Data, batches
 from .methods import Method, TrainCfg, method_of

@@ -21,6 +21,8 @@ import torchvision
 from torch import Tensor
 
 import fairmix_nb
+
+# %% ../nbs/09_records.ipynb #7bb471ae
 from .attacks import one_of
 
 # %% ../nbs/09_records.ipynb #f6e1342b

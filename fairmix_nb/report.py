@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+# %% ../nbs/12_report.ipynb #618f3a0f
 from .attacks import Threat, attack_by_name, one_of, patch
 from .data import ImageSet
 from .models import fold_batchnorm

@@ -12,7 +12,14 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, log_ndtr, logsumexp
 
-from .gaussian import GaussianPair, _broadcast, _check, _check_g_eps, _reals, class_risk
+from fairmix_nb.gaussian import (
+    GaussianPair,
+    broadcast_all,
+    check_where,
+    check_g_eps,
+    reals,
+    class_risk,
+)
 from .gaussian import overall_risk
 from .mixup import as_law, variance_factor
 from .theory import log_odds, threshold
@@ -23,9 +30,9 @@ def tempered_prior(
     g: float = 1.0,  # variance factor of the mixed data, in (0, 1]
 ) -> np.ndarray:  # P(y = +1) of the problem on original data with the same stationary line
     r"Prior with odds $(\alpha/(1-\alpha))^g\,(\sigma_+/\sigma_-)^{1-g}$ - tempering theorem"
-    (g,) = _reals(g=g)
-    _check_g_eps(g, 0.0)
-    _broadcast(g=g, p=np.empty(p.shape))
+    (g,) = reals(g=g)
+    check_g_eps(g, 0.0)
+    broadcast_all(g=g, p=np.empty(p.shape))
     return expit(g * log_odds(p) - np.log(p.sigma_neg) + np.log(p.sigma_pos))[()]
 
 # %% ../nbs/05_tempering.ipynb #16446a0d
@@ -35,8 +42,8 @@ def fairness_path(
     eps: float = 0.0,  # radius, >= 0, trained against and measured at
 ) -> tuple:  # thresholds `(...)` and risks on the original data `(..., 2)`
     "The lines that mixing leads to, from optimal (g = 1) to fair (0) - Thms 3, 4, tempering"
-    gs, eps = _reals(gs=gs, eps=eps)
-    _check(~((gs >= 0) & (gs <= 1)), "gs must lie in [0, 1]", gs)
+    gs, eps = reals(gs=gs, eps=eps)
+    check_where(~((gs >= 0) & (gs <= 1)), "gs must lie in [0, 1]", gs)
     t = threshold(p, np.where(gs > 0, gs, 1.0), eps)
     s_p, s_m = p.sigma_pos, p.sigma_neg
     fair = p.d * ((p.mu_neg - eps) * s_p - (p.mu_pos - eps) * s_m) / np.add(s_p, s_m)

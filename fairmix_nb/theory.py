@@ -9,8 +9,15 @@ __all__ = ['log_odds', 'threshold', 'optimal_risk']
 import numpy as np
 from scipy.special import erfcx, ndtr
 
-from .gaussian import GaussianPair, _broadcast, _check, _check_g_eps, _reals, _two_prod
-from .gaussian import _two_sum, rescale
+from fairmix_nb.gaussian import (
+    GaussianPair,
+    broadcast_all,
+    check_where,
+    check_g_eps,
+    reals,
+    two_prod,
+)
+from .gaussian import two_sum, rescale
 
 # %% ../nbs/03_theory.ipynb #e0fb97c1
 def log_odds(
@@ -20,8 +27,8 @@ def log_odds(
     s_m, k = np.frexp(p.sigma_neg)  # scaled by a power of two, so that no product overflows
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         s_p = np.ldexp(p.sigma_pos, -k)
-        rest, err = _two_sum(1.0, -np.asarray(p.prior))
-        (pos, e_pos), (neg, e_neg) = _two_prod(p.prior, s_m), _two_prod(rest, s_p)
+        rest, err = two_sum(1.0, -np.asarray(p.prior))
+        (pos, e_pos), (neg, e_neg) = two_prod(p.prior, s_m), two_prod(rest, s_p)
         near = np.log1p(((pos - neg) + (e_pos - e_neg - err * s_p)) / neg)
         odds = np.log(p.prior / np.subtract(1, p.prior))
         far = odds + np.log(np.divide(p.sigma_neg, p.sigma_pos))
@@ -34,19 +41,19 @@ def threshold(
     eps: float = 0.0,  # radius the line is trained against, >= 0
 ) -> np.ndarray:  # t = b/w of the optimal line; +inf: always +1, -inf: always -1
     "The line of least overall risk - Thms 3, 4, eqs. (2), (4), (12), (13), (19), (28), (29), (36)"
-    t, _, _, k = _crossing(p, *_reals(g=g, eps=eps))
+    t, _, _, k = _crossing(p, *reals(g=g, eps=eps))
     return np.ldexp(t, k)[()]
 
 
 def _crossing(p, g, eps):
     "The best line in the unit `2**k`, infinite for a constant; S and L of its margins; k."
-    _check_g_eps(g, eps)
-    _broadcast(g=g, eps=eps, p=np.empty(p.shape))
+    check_g_eps(g, eps)
+    broadcast_all(g=g, eps=eps, p=np.empty(p.shape))
     p, eps, k = rescale(p, eps)
     s_p, s_m, d = (np.asarray(v, dtype=float) for v in (p.sigma_pos, p.sigma_neg, p.d))
-    total, err = _two_sum(np.asarray(p.mu_pos), p.mu_neg)
+    total, err = two_sum(np.asarray(p.mu_pos), p.mu_neg)
     M = (total - 2 * eps) + err
-    _check(~(M > 0), "mu_pos + mu_neg - 2 eps must be > 0", np.ldexp(M, k))
+    check_where(~(M > 0), "mu_pos + mu_neg - 2 eps must be > 0", np.ldexp(M, k))
     L = log_odds(p)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         c = 2 * g * L * (s_m - s_p) * (s_m + s_p) / d
@@ -77,12 +84,12 @@ def optimal_risk(
     eps_test: float = None,  # radius it is measured at; None: `eps`; 0: natural risk
 ) -> np.ndarray:  # `(..., 2)` risks in the order (+1, -1)
     "Risks of the line optimal at (g, eps), measured at (g_test, eps_test) - Props 1-2, Thms 3-4"
-    g, eps = _reals(g=g, eps=eps)
-    g_test, eps_test = _reals(
+    g, eps = reals(g=g, eps=eps)
+    g_test, eps_test = reals(
         g_test=g if g_test is None else g_test, eps_test=eps if eps_test is None else eps_test
     )
-    _check_g_eps(g_test, eps_test)
-    shape = _broadcast(g=g, eps=eps, g_test=g_test, eps_test=eps_test, p=np.empty(p.shape))
+    check_g_eps(g_test, eps_test)
+    shape = broadcast_all(g=g, eps=eps, g_test=g_test, eps_test=eps_test, p=np.empty(p.shape))
     t, S, L, k = _crossing(p, g, eps)
     risks = np.empty(shape + (2,))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -60,14 +60,14 @@ def nearest(d, eps):
 def test_projections():
     d = torch.randn(8, 5, generator=gen(), dtype=torch.float64)
     found = np.stack([nearest(row.numpy(), 1.5) for row in d])
-    np.testing.assert_allclose(NORMS["l2"][1](d, 1.5), found, atol=1e-5)
-    np.testing.assert_array_equal(NORMS["linf"][1](d, 0.4), np.clip(d.numpy(), -0.4, 0.4))
+    np.testing.assert_allclose(NORMS["l2"].project(d, 1.5), found, atol=1e-5)
+    np.testing.assert_array_equal(NORMS["linf"].project(d, 0.4), np.clip(d.numpy(), -0.4, 0.4))
     assert abs(d.numpy() * 1.5 / np.linalg.norm(d) - found).max() > 0.1  # the batch's length
 
 
 def test_starts_are_uniform():
     many, g = torch.zeros(4000, 5, dtype=torch.float64), gen()
-    inf, l2 = NORMS["linf"][2](many, 0.3, g), NORMS["l2"][2](many, 0.3, g)
+    inf, l2 = NORMS["linf"].start(many, 0.3, g), NORMS["l2"].start(many, 0.3, g)
     radius = l2.norm(dim=1) / 0.3
     assert stats.kstest(inf.flatten() / 0.6 + 0.5, "uniform").pvalue > 1e-3
     assert stats.kstest(radius**5, "uniform").pvalue > 1e-3
@@ -77,7 +77,7 @@ def test_starts_are_uniform():
 
 def test_l2_direction_of_tiny_gradients():
     g = torch.randn(4, 3, 2, 2, generator=gen())
-    direction = NORMS["l2"][0]
+    direction = NORMS["l2"].direction
     torch.testing.assert_close(direction(g * 1e-25), direction(g))
     assert (direction(torch.zeros_like(g)) == 0).all()
 
@@ -345,7 +345,7 @@ def digits_net():
         torch.manual_seed(0)
         net = small_cnn(10, 1, 8)
     data = load("digits", progress=False)
-    cfg = TrainCfg(pipeline=("attack",), eps=0.1, epochs=4, batch=64, lr=3e-3)
+    cfg = TrainCfg(eps=0.1, epochs=4, batch=64, lr=3e-3)
     fit(net, data, cfg, device="cpu", watched=1, progress=False)
     idx = torch.arange(100)
     return net.eval(), data.test.floats(idx).contiguous(), data.test.y[idx]

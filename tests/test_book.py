@@ -47,24 +47,6 @@ def test_the_map_would_notice_a_missing_statement():
     assert not book.checks(book.NBS / "01_gaussian.ipynb", 13, 14)  # a cell that only displays
 
 
-def test_the_index_tells_the_same_places():
-    table = next(
-        book.source(c)
-        for c in book.cells(EVERY[0])
-        if "| statement | chapter, section |" in book.source(c)
-    )
-    notebook, told = None, set()
-    for statement, place in re.findall(r"^\| (.*?) \| (.*?) \|$", table, re.M)[1:]:
-        notebook = (re.findall(r"\((\w+\.ipynb)\)", place) or [notebook])[0]
-        for s in book.mentions(statement):
-            told.add(s)
-            found = [text for path, _, text, *_ in book.statements()[s] if path.name == notebook]
-            assert found, f"{s} is not in {notebook}"
-            wanted = re.findall(r"\*([^*]+)\*", place)
-            assert not wanted or any(t.startswith(tuple(wanted)) for t in found), (s, wanted, found)
-    assert told == set(book.STATEMENTS), set(book.STATEMENTS) - told
-
-
 def test_every_figure_has_a_text_of_its_own():
     figures = book.figures()
     assert len(figures) >= 50

@@ -99,7 +99,7 @@ def test_folder_of_colour_images(tmp_path, capsys):
     "extra, says",
     [
         (["--data", "digit"], "did you mean 'digits'"),
-        (["--data", "nowhere/at/all"], "must be 'digits', 'cifar10' or a folder"),
+        (["--data", "nowhere/at/all"], "must be one of 'digits', 'cifar10' or a folder"),
         (["--methods", "natural", "mixap"], "did you mean 'mixup'"),
         (["--model", "resnet02"], "did you mean 'resnet20'"),
         (["--eps", "8/0"], "a fraction such as 8/255"),
@@ -154,7 +154,7 @@ def test_resume_with_another_configuration(capsys, tmp_path):
     "text, says",
     [
         ("{", "is not a record"),
-        ("[]", "must be a comparison"),
+        ("[]", "must hold a record"),
         ('{"schema": 99, "kind": "comparison"}', "schema 1, got (99"),
     ],
 )
