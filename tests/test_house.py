@@ -131,8 +131,6 @@ STILL = {
     "10_data": dict(cells=113, silent=163, shown=0.45),
     "11_models": dict(shown=0.56),
     "12_report": dict(cells=81),
-    "13_methods": dict(cells=103),
-    "15_train": dict(cap=47),
     "16_ranks": dict(silent=66),
     "18_audit": dict(cells=82, silent=67),
     "20_compare": dict(cells=83),
