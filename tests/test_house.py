@@ -208,7 +208,9 @@ def test_nobody_imports_a_private_name():
     for path in [*NOTEBOOKS, *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         texts = [source(c) for c in cells(path)] if path.suffix == ".ipynb" else [path.read_text()]
         for text in texts:
-            found = re.findall(r"^\s*from (?:fairmix_nb)?\.?\w+ import .*\b_(?!_)\w+.*$", text, re.M)
+            found = re.findall(
+                r"^\s*from (?:fairmix_nb)?\.?\w+ import .*\b_(?!_)\w+.*$", text, re.M
+            )
             assert not found or path.name == "test_house.py", (path.name, found)
 
 
