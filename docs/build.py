@@ -174,7 +174,7 @@ def errata_page() -> str:
         i for i, c in enumerate(book.cells(path)) if book.source(c).startswith("| where | printed")
     )
     return (
-        f"# Errata\n\nEach row is a cell of [{book.title(path)}]({path.name}) in which the printed form fails and the corrected one passes.\n\n"  # noqa: E501
+        f"# Errata\n\nEach row but the last, which is wording, has a cell of [{book.title(path)}]({path.name}) in which the printed form fails and the corrected one passes.\n\n"  # noqa: E501
         f"{book.source(book.cells(path)[i])}\n"
     )
 

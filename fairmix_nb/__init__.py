@@ -51,7 +51,6 @@ MOVED = dict(
         checkpoints="runs",
         fit_ranks="ranks",
         frozen="methods",
-        gradient_cosine="methods",
         launch="ranks",
         lock_folder="runs",
         misalignment="methods",

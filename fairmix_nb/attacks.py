@@ -78,6 +78,11 @@ class Linf:
         return (2 * u - 1) * eps
 
 
+def _length(v):
+    "Euclidean length of each sample `(n, 1, ..., 1)`, never of the whole batch"
+    return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
+
+
 class L2:
     "The sphere of radius eps: a sample's pixels share one length"
 
@@ -100,11 +105,6 @@ class L2:
 
 NORMS = {"linf": Linf(), "l2": L2()}
 
-
-def _length(v):
-    "Euclidean length of each sample `(n, 1, ..., 1)`, never of the whole batch"
-    return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
-
 # %% ../nbs/07_attacks.ipynb #b46ba75f
 def patch(
     f: Callable,  # a function whose first argument is annotated with a class
@@ -125,7 +125,8 @@ def one_of(
     if name in names:
         return names[name] if isinstance(names, Mapping) else name
     valid = ", ".join(map(repr, names)) + (f" or {more}" if more else "")
-    near = difflib.get_close_matches(str(name), [str(v) for v in names], 1, 0)
+    least = 0.4 if more else 0  # what is far from every name may have been meant as `more`
+    near = difflib.get_close_matches(str(name), [str(v) for v in names], 1, least)
     hint = f": did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{what} must be one of {valid}, got {name!r}{hint}")
 

@@ -138,8 +138,10 @@ def gradients_each(
     return most + len(sweep) * attack_by_name(SWEEP).max_gradients
 
 
-def duration(seconds):
-    "A time as people say it."
+def duration(
+    seconds: float,  # >= 0
+) -> str:
+    "A time as people say it"
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
@@ -403,7 +405,9 @@ def audit(
     names = [str(c) for c in classes or getattr(data, "classes", range(n_cls))]
     if len(names) != n_cls:
         raise ValueError(f"classes must name the {n_cls} logits of the model, got {len(names)}")
-    header = dict(schema=SCHEMA, kind="audit", config=config_of(plan), model=fingerprint(net, x[:2]))
+    header = dict(
+        schema=SCHEMA, kind="audit", config=config_of(plan), model=fingerprint(net, x[:2])
+    )
     journal = Journal(out and out / "journal.jsonl", header, resume)
     try:
         bar = priced(net, x, plan, size_of(data), diagnose, progress)
@@ -448,7 +452,7 @@ SETTING = ("eps", "norm", "box")  # what two audits must share to be compared, b
 
 
 def setting_of(
-    outcome: Outcome,
+    outcome: Outcome,  # of an audit, or of anybody's attacks
     attack: str,  # that is compared
 ) -> dict:  # name -> text
     "What a report was made with, up to the attack that is compared"

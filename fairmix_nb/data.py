@@ -8,11 +8,9 @@ __all__ = ['EXTENSIONS', 'SOURCES', 'AUGMENT', 'ImageSet', 'as_floats', 'Data', 
            'long_tailed', 'random_crop', 'random_flip', 'augment']
 
 # %% ../nbs/10_data.ipynb #08333550
-import hashlib
 import json
 import os
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +20,34 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# %% ../nbs/10_data.ipynb #792c397f
 from .attacks import one_of
-from .records import progress_bar, write_aside
+from .records import progress_bar, tensor_digest, write_aside
+
+# %% ../nbs/10_data.ipynb #cce5ccb7
+def _check_images(x, y, classes):
+    "Refuse all but uint8 `(n, c, h, w)`, int64 labels `(n,)` in 0..C-1 and C distinct names."
+
+    def say(what, expected, got):
+        raise ValueError(f"{what} must be {expected}, got {got}")
+
+    for name, t in dict(x=x, y=y).items():
+        if not isinstance(t, Tensor):
+            say(name, "a torch tensor", type(t).__name__)
+    if x.dtype != torch.uint8:
+        say("x", "uint8 (pixels 0..255)", x.dtype)
+    if x.ndim != 4:
+        say("x", "of shape (n, c, h, w)", tuple(x.shape))
+    if y.dtype != torch.int64:
+        say("y", "int64", y.dtype)
+    if y.shape != x.shape[:1]:
+        say("y", f"of shape ({len(x)},)", tuple(y.shape))
+    names = isinstance(classes, tuple) and all(isinstance(c, str) for c in classes)
+    if not (names and classes):
+        say("classes", "a non-empty tuple of names", repr(classes))
+    if len(set(classes)) < len(classes):
+        say("classes", "distinct names", repr(classes))
+    if len(y) and not 0 <= y.min() <= y.max() < len(classes):
+        say("labels", f"in 0..{len(classes) - 1}", f"{y.min()}..{y.max()}")
 
 # %% ../nbs/10_data.ipynb #8e695844
 @dataclass(frozen=True, eq=False)
@@ -65,42 +88,15 @@ class ImageSet:
 
     def digest(self) -> str:
         "16 hex digits that change when a pixel, a label, a name or the shape changes."
-        names = json.dumps([list(self.x.shape), list(self.classes)]).encode()
-        parts = self.x.cpu().numpy().tobytes(), self.y.cpu().numpy().tobytes(), names
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        names = json.dumps([list(self.x.shape), list(self.classes)])
+        return tensor_digest(self.x, self.y, names)
 
-# %% ../nbs/10_data.ipynb #a5f10a75
+
 def as_floats(
     x: Tensor,  # pixels 0..255, any shape
 ) -> Tensor:  # float32, a new tensor
     "Pixels as numbers in [0, 1]: `x / 255`, the only conversion, same bits on every device."
     return x.to(torch.float32, copy=True).div_(torch.full((), 255.0, device=x.device))
-
-# %% ../nbs/10_data.ipynb #cce5ccb7
-def _check_images(x, y, classes):
-    "Refuse all but uint8 `(n, c, h, w)`, int64 labels `(n,)` in 0..C-1 and C distinct names."
-
-    def say(what, expected, got):
-        raise ValueError(f"{what} must be {expected}, got {got}")
-
-    for name, t in dict(x=x, y=y).items():
-        if not isinstance(t, Tensor):
-            say(name, "a torch tensor", type(t).__name__)
-    if x.dtype != torch.uint8:
-        say("x", "uint8 (pixels 0..255)", x.dtype)
-    if x.ndim != 4:
-        say("x", "of shape (n, c, h, w)", tuple(x.shape))
-    if y.dtype != torch.int64:
-        say("y", "int64", y.dtype)
-    if y.shape != x.shape[:1]:
-        say("y", f"of shape ({len(x)},)", tuple(y.shape))
-    names = isinstance(classes, tuple) and all(isinstance(c, str) for c in classes)
-    if not (names and classes):
-        say("classes", "a non-empty tuple of names", repr(classes))
-    if len(set(classes)) < len(classes):
-        say("classes", "distinct names", repr(classes))
-    if len(y) and not 0 <= y.min() <= y.max() < len(classes):
-        say("labels", f"in 0..{len(classes) - 1}", f"{y.min()}..{y.max()}")
 
 # %% ../nbs/10_data.ipynb #f04d6d49
 @dataclass(frozen=True, eq=False)
@@ -133,8 +129,7 @@ class Data:
 
     def digest(self) -> str:
         "16 hex digits made of the three parts' digests."
-        digests = "".join(self.describe()["digests"].values())
-        return hashlib.sha256(digests.encode()).hexdigest()[:16]
+        return tensor_digest("".join(self.describe()["digests"].values()))
 
 # %% ../nbs/10_data.ipynb #7eb38b01
 def rank_in_class(
@@ -164,7 +159,7 @@ def n_val(
     "Validation images a class: a tenth, at least 1, at most 100."
     return np.clip(np.rint(np.asarray(n) / 10).astype(int), 1, 100)
 
-# %% ../nbs/10_data.ipynb #f4db0668
+
 def split_index(
     y: np.ndarray,  # labels `(n,)`
     seed: int = 0,  # `seed % 3` is the third that is the test part, `seed // 3` shuffles
@@ -345,7 +340,7 @@ def _headers(folder, files, size):
                 f"images must have one size, got {files[0]} {heads[0][1]} and {f} "
                 f"{hw} (height, width) in {folder}: pass size=(h, w)"
             )
-    modes = Counter(mode for mode, _ in heads)
+    modes = dict(zip(*np.unique([mode for mode, _ in heads], return_counts=True)))
     keep = "L" if set(modes) == {"L"} else "RGB"
     other = [f"{n} {mode}" for mode, n in sorted(modes.items()) if mode != keep]
     note = f"{folder}: images converted to {keep}: {', '.join(other)}" if other else ""
@@ -390,14 +385,11 @@ def cache_folder() -> Path:
 
 def _cache_keys(folder, files, size):
     "File of the cache (from the folder and the size), and a digest of what the folder holds."
-
-    def sha(obj):
-        return hashlib.sha256(json.dumps(obj).encode()).hexdigest()
-
     stats = [(f, s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(folder / f)]]
-    return cache_folder() / f"{sha([str(folder.absolute()), size])[:24]}.npz", sha(stats)
+    name = tensor_digest(json.dumps([str(folder.absolute()), size]))
+    return cache_folder() / f"{name}.npz", tensor_digest(json.dumps(stats))
 
-# %% ../nbs/10_data.ipynb #2aebc2fe
+
 def _cached(path, listing, n):
     "The decoded array and its note, or None where the cache is absent, stale or damaged."
     try:
@@ -460,7 +452,7 @@ def _folder(folder, size, progress):
         )
     return train, test
 
-# %% ../nbs/10_data.ipynb #24a17490
+
 def _whole(what, v, least=None):
     "`v` as an int, None where nothing was asked for; no bool, no 2.5, nothing below `least`."
     if v is None and least is None:
@@ -523,7 +515,7 @@ def batches(
     order = torch.randperm(n, generator=generator, device=generator.device)
     return order[: n // size * size if drop_last else n].split(size)
 
-# %% ../nbs/10_data.ipynb #569ee250
+
 def spread_subset(
     images: ImageSet,  # any order
     most: int,  # images to keep, at most
@@ -567,7 +559,7 @@ def random_crop(
     index = reflected(shift[0], h)[:, :, None] * w + reflected(shift[1], w)[:, None, :]
     return x.flatten(2).gather(2, index.flatten(1)[:, None].expand(n, c, h * w)).view(n, c, h, w)
 
-# %% ../nbs/10_data.ipynb #c3319517
+
 def random_flip(
     x: Tensor,  # images `(n, c, h, w)`, any dtype
     generator: torch.Generator,  # on the device of `x`

@@ -40,8 +40,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 def first_layer(
     in_ch: int,  # channels of the images
-    mean: tuple
-    | None = None,  # per channel; None: CIFAR-10's for 3 channels, else no normalisation
+    mean: tuple | None = None,  # per channel; None: CIFAR-10's for 3 channels, else none
     std: tuple | None = None,  # per channel, with `mean`
 ) -> list:  # zero or one `Normalize`
     "The normalisation a model starts with."
@@ -195,7 +194,7 @@ def resnet18(
     "ResNet-18 for 32 x 32 images, with a 3x3 stem and no max pool: 11,173,962 parameters."
     return resnet((64, 128, 256, 512), 2, projection, n_cls, in_ch, mean, std)
 
-# %% ../nbs/11_models.ipynb #0b4fe61c
+
 def n_params(
     model: nn.Module,  # any
 ) -> int:

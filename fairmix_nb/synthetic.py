@@ -22,9 +22,8 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit, ndtr
 
-import fairmix_nb
-
 # %% ../nbs/06_synthetic.ipynb #c4fdd363
+import fairmix_nb
 from .gaussian import GaussianPair, class_risk, gap, linear_risk, mc_class_risk
 from .gaussian import overall_risk
 from .mixup import SameClassMixup, variance_factor

@@ -12,14 +12,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, log_ndtr, logsumexp
 
-from fairmix_nb.gaussian import (
-    GaussianPair,
-    broadcast_all,
-    check_where,
-    check_g_eps,
-    reals,
-    class_risk,
-)
+from .gaussian import GaussianPair, common_shape, refuse, check_g_eps, reals, class_risk
 from .gaussian import overall_risk
 from .mixup import as_law, variance_factor
 from .theory import log_odds, threshold
@@ -32,7 +25,7 @@ def tempered_prior(
     r"Prior with odds $(\alpha/(1-\alpha))^g\,(\sigma_+/\sigma_-)^{1-g}$ - tempering theorem"
     (g,) = reals(g=g)
     check_g_eps(g, 0.0)
-    broadcast_all(g=g, p=np.empty(p.shape))
+    common_shape(g=g, p=np.empty(p.shape))
     return expit(g * log_odds(p) - np.log(p.sigma_neg) + np.log(p.sigma_pos))[()]
 
 # %% ../nbs/05_tempering.ipynb #16446a0d
@@ -43,7 +36,7 @@ def fairness_path(
 ) -> tuple:  # thresholds `(...)` and risks on the original data `(..., 2)`
     "The lines that mixing leads to, from optimal (g = 1) to fair (0) - Thms 3, 4, tempering"
     gs, eps = reals(gs=gs, eps=eps)
-    check_where(~((gs >= 0) & (gs <= 1)), "gs must lie in [0, 1]", gs)
+    refuse(~((gs >= 0) & (gs <= 1)), "gs must lie in [0, 1]", gs)
     t = threshold(p, np.where(gs > 0, gs, 1.0), eps)
     s_p, s_m = p.sigma_pos, p.sigma_neg
     fair = p.d * ((p.mu_neg - eps) * s_p - (p.mu_pos - eps) * s_m) / np.add(s_p, s_m)

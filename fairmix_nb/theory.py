@@ -9,15 +9,8 @@ __all__ = ['log_odds', 'threshold', 'optimal_risk']
 import numpy as np
 from scipy.special import erfcx, ndtr
 
-from fairmix_nb.gaussian import (
-    GaussianPair,
-    broadcast_all,
-    check_where,
-    check_g_eps,
-    reals,
-    two_prod,
-)
-from .gaussian import two_sum, rescale
+from .gaussian import GaussianPair, check_g_eps, common_shape, reals, refuse, rescale
+from .gaussian import two_prod, two_sum
 
 # %% ../nbs/03_theory.ipynb #e0fb97c1
 def log_odds(
@@ -48,12 +41,12 @@ def threshold(
 def _crossing(p, g, eps):
     "The best line in the unit `2**k`, infinite for a constant; S and L of its margins; k."
     check_g_eps(g, eps)
-    broadcast_all(g=g, eps=eps, p=np.empty(p.shape))
+    common_shape(g=g, eps=eps, p=np.empty(p.shape))
     p, eps, k = rescale(p, eps)
     s_p, s_m, d = (np.asarray(v, dtype=float) for v in (p.sigma_pos, p.sigma_neg, p.d))
     total, err = two_sum(np.asarray(p.mu_pos), p.mu_neg)
     M = (total - 2 * eps) + err
-    check_where(~(M > 0), "mu_pos + mu_neg - 2 eps must be > 0", np.ldexp(M, k))
+    refuse(~(M > 0), "mu_pos + mu_neg - 2 eps must be > 0", np.ldexp(M, k))
     L = log_odds(p)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         c = 2 * g * L * (s_m - s_p) * (s_m + s_p) / d
@@ -89,7 +82,7 @@ def optimal_risk(
         g_test=g if g_test is None else g_test, eps_test=eps if eps_test is None else eps_test
     )
     check_g_eps(g_test, eps_test)
-    shape = broadcast_all(g=g, eps=eps, g_test=g_test, eps_test=eps_test, p=np.empty(p.shape))
+    shape = common_shape(g=g, eps=eps, g_test=g_test, eps_test=eps_test, p=np.empty(p.shape))
     t, S, L, k = _crossing(p, g, eps)
     risks = np.empty(shape + (2,))
     with np.errstate(invalid="ignore", divide="ignore"):

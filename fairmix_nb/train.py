@@ -205,9 +205,10 @@ def check_state(run):
     for name, value in run.state.items():
         bad = (~value.isfinite()).nonzero()
         if len(bad):
+            at = tuple(bad[0].tolist())
+            where = f"of class {at[0]}" if at and "." not in name else f"at {at}"
             raise FloatingPointError(
-                f"the method's {name} of class {bad[0, 0].item()} became "
-                f"{value[tuple(bad[0])].item()} in epoch {run.epoch}"
+                f"the method's {name} {where} became {value[at].item()} in epoch {run.epoch}"
             )
 
 # %% ../nbs/15_train.ipynb #75339c96
@@ -300,17 +301,15 @@ def fit(
         keep.share(ranks.describe())
         keep.start(run)
         try:
-            for _ in progress_bar(
-                range(run.epoch, cfg.epochs), progress, unit="epoch", leave=False
-            ):
+            epochs = range(run.epoch, cfg.epochs)
+            for _ in progress_bar(epochs, progress, unit="epoch", leave=False):
                 one_epoch(run, method, ranks, val, watched, watch, precision)
                 keep.save(run)
                 if on_epoch:
                     on_epoch(run.curves[-1])
         except (KeyboardInterrupt, FloatingPointError, OSError) as e:
             raise keep.stopped(e, run) from None
-        if (result := method.result(run)) is not None:
-            model.load_state_dict(result)
+        model.load_state_dict(method.result(run) or model.state_dict())
     return Fit(model.eval(), keep.record(run), run.curves)
 
 # %% ../nbs/15_train.ipynb #f71f495f

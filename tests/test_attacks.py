@@ -338,15 +338,16 @@ def test_autoattack_refuses(text, change):
 def digits_net():
     "A net after four epochs of digits, and 100 of them"
     from fairmix_nb.data import load
+    from fairmix_nb.methods import TrainCfg
     from fairmix_nb.models import small_cnn
-    from fairmix_nb.train import TrainCfg, fit
+    from fairmix_nb.train import fit
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = small_cnn(10, 1, 8)
     data = load("digits", progress=False)
     cfg = TrainCfg(eps=0.1, epochs=4, batch=64, lr=3e-3)
-    fit(net, data, cfg, device="cpu", watched=1, progress=False)
+    fit(net, data, cfg, "at", device="cpu", watched=1, progress=False)
     idx = torch.arange(100)
     return net.eval(), data.test.floats(idx).contiguous(), data.test.y[idx]
 
@@ -434,3 +435,35 @@ def test_restarts_are_for_samples_that_still_stand():
     assert not (one & ~broken(found)).any() and 0 < one.sum() < 64
     assert broken(found).sum() >= broken(all_starts).sum() - 1
     assert sum(asked) <= 10 * (64 + 5 * (~one).sum())
+
+
+def test_a_far_name_gets_no_hint_where_a_folder_would_do():
+    from fairmix_nb.attacks import one_of
+
+    for name, hint in (("digit", True), ("/no/such/folder", False)):
+        with pytest.raises(ValueError) as e:
+            one_of("data", name, ("digits", "cifar10"), "a folder")
+        assert ("did you mean" in str(e.value)) == hint, e.value
+
+
+def test_a_threat_is_the_radius_its_norm_and_its_range():
+    from fairmix_nb.attacks import Threat
+
+    net, x, y = make()
+    for norm in NORMS:
+        threat = Threat(0.1, norm)
+        assert torch.equal(fgsm(net, x, y, threat), fgsm(net, x, y, 0.1, norm=norm))
+        for attack in (run, climb):
+            assert torch.equal(attack(net, x, y, threat), attack(net, x, y, 0.1, norm=norm))
+            named = attack_by_name("pgd-3x2")
+            z = named(net, x, y, threat, generator=gen())
+            assert torch.equal(z, named(net, x, y, 0.1, norm=norm, generator=gen()))
+    each = Threat((0.1, 0.0, 0.05))
+    z = run(net, x, y, each)
+    assert torch.equal(z, run(net, x, y, torch.tensor([0.1, 0.0, 0.05]).view(1, 3, 1, 1)))
+    assert each.scaled(0.5).eps == (0.05, 0.0, 0.025)
+    for _ in range(3):
+        drawn = each.noise(x, gen(), times=2)
+        assert drawn.min() >= 0 and drawn.max() <= 1 and (drawn - x)[:, 1].abs().max() == 0
+        back = each.clip(x, drawn)
+        assert ((back - x).abs().amax((0, 2, 3)) <= torch.tensor([0.1, 0.0, 0.05]) + 1e-6).all()

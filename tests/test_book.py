@@ -78,7 +78,7 @@ def test_every_figure_has_a_text_of_its_own():
 def test_links_lead_somewhere(path):
     text = texts(path) if path.suffix == ".ipynb" else path.read_text()
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"https?:|mailto:", link):
+        if re.match(r"https?:|mailto:|colab:", link):
             continue
         target, _, place = link.partition("#")
         there = (path.parent / target).resolve() if target else path

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fairmix_nb import data as D
+from fairmix_nb.records import write_aside
 
 
 @pytest.fixture(autouse=True)
@@ -287,23 +288,23 @@ def test_unwritable_cache_is_no_error(tmp_path, monkeypatch):
     assert len(w) == 1
 
 
-# write_aside
+# writing aside
 
 
 def test_write_aside(tmp_path):
     f = tmp_path / "f"
-    D.write_aside(f, "old")
+    write_aside(f, "old")
 
     def dies(out):
         out.write(b"x" * 10**6)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        D.write_aside(f, dies)
+        write_aside(f, dies)
     with pytest.raises(OSError, match="nowhere"):
-        D.write_aside(tmp_path / "nowhere" / "f", b"")
+        write_aside(tmp_path / "nowhere" / "f", b"")
     with pytest.raises(TypeError):
-        D.write_aside(f, 3)
+        write_aside(f, 3)
     assert f.read_text() == "old" and os.listdir(tmp_path) == ["f"]
 
 
@@ -366,3 +367,21 @@ def test_floats_and_augmentation_on_a_gpu():
     assert torch.equal(s.to("cuda").floats().cpu(), s.floats())
     gen = torch.Generator("cuda").manual_seed(0)
     assert D.augment(s.to("cuda").x, "crop_flip", gen).device.type == "cuda"
+
+
+def test_a_source_is_one_entry(monkeypatch):
+    whole = D.load("digits").test
+    monkeypatch.setitem(D.SOURCES, "mine", lambda root, size: (whole, None))
+    assert len(D.load("mine").train) < len(whole)
+    with pytest.raises(ValueError, match="did you mean 'mine'"):
+        D.load("mime")
+
+
+def test_the_order_of_the_labels_or_its_reverse():
+    data = D.load("digits")
+    tail = D.long_tailed(data, 10)
+    counts = tail.train.counts()
+    assert counts == sorted(counts, reverse=True) and counts[0] / counts[-1] == pytest.approx(
+        10, 0.1
+    )
+    assert tail.test.digest() == data.test.digest() and tail.val.digest() == data.val.digest()

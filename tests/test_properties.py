@@ -1,5 +1,4 @@
-"""What must hold for any input of the public functions: shapes, ranges, symmetries, and an error
-instead of a NaN."""
+"What must hold for any input: shapes, ranges, symmetries, and an error instead of a NaN."
 
 import math
 from dataclasses import replace
@@ -180,6 +179,122 @@ def test_no_line_beats_the_threshold(problem, g, t):
             rtol=1e-5,
             atol=1e-5 * (abs(best) + p.sigma_pos + p.sigma_neg),
         )
+
+
+units = st.integers(-150, 150).map(lambda k: 10.0**k)
+
+
+@quick
+@given(solvable, gs, real(-9, 9), units)
+def test_no_unit_of_length_changes_an_answer(problem, g, t, unit):
+    p, eps = problem
+    assume(p.mu_pos + p.mu_neg - 2 * eps > 1e-6)
+    q, e = scaled(p, unit), unit * eps
+    close(
+        gaussian.class_risk(t, p, g, eps),
+        gaussian.class_risk(unit * t, q, g, e),
+        rtol=1e-9,
+        atol=1e-290,
+    )
+    w = np.linspace(-1, 2, p.d) + 0.1
+    close(
+        gaussian.linear_risk(w, t, p, g, eps),
+        gaussian.linear_risk(w, unit * t, q, g, e),
+        rtol=1e-9,
+        atol=1e-290,
+    )
+    best, moved = theory.threshold(p, g, eps), theory.threshold(q, g, e)
+    if np.isfinite(best) and np.isfinite(moved):
+        size = abs(best) + min(p.sigma_pos, p.sigma_neg)
+        close(moved / unit, best, rtol=1e-10, atol=1e-10 * size)
+    small, _, k = gaussian.rescale(q, e)
+    assert small == gaussian.rescale(small)[0] or abs(gaussian.rescale(small)[2]) <= 1
+    close(np.ldexp(small.sigma_pos, k), q.sigma_pos, rtol=0)
+
+
+@quick
+@given(solvable, gs, st.integers(3, 12), st.sampled_from([-1, 1]))
+def test_optimal_risks_do_not_know_where_the_origin_is(problem, g, k, side):
+    p, eps = problem
+    off = side * 2.0 ** round(k * np.log2(10))  # the same two clouds, far from the origin
+    far = replace(p, mu_pos=p.mu_pos + off, mu_neg=p.mu_neg - off)
+    near = replace(p, mu_pos=far.mu_pos - off, mu_neg=far.mu_neg + off)  # rounded alike, exactly
+    assume(near.mu_pos + near.mu_neg - 2 * eps > 0.01)
+    for test in ((None, None), (1.0, 0.0)):
+        close(
+            theory.optimal_risk(far, g, eps, *test),
+            theory.optimal_risk(near, g, eps, *test),
+            rtol=1e-9,
+            atol=1e-290,
+        )
+
+
+@quick
+@given(pairs, st.sampled_from([0.0, 1.0]), gs)
+def test_at_prior_0_or_1_the_line_names_the_only_class(p, prior, g):
+    p = replace(p, mu_pos=abs(p.mu_pos) + 0.1, mu_neg=abs(p.mu_neg), prior=prior)
+    assert theory.threshold(p, g) == (np.inf if prior else -np.inf)
+    assert theory.optimal_risk(p, g).tolist() == ([0.0, 1.0] if prior else [1.0, 0.0])
+
+
+@quick
+@given(seeds, st.integers(1, 12), st.sampled_from(["linf", "l2"]), real(0, 0.49))
+def test_no_direction_beats_the_robust_one(seed, d, norm, share):
+    rng = np.random.default_rng(seed)
+    A, delta, other = rng.normal(size=(d, d + 1)), rng.normal(size=d), rng.normal(size=(200, d))
+    cov = A @ A.T / d
+    eps = share * np.linalg.norm(delta, np.inf if norm == "linf" else 2)
+    w, D = gaussian.robust_direction(delta, cov, eps, norm)
+
+    def reach(w):
+        charge = 2 * eps * np.linalg.norm(w, 1 if norm == "linf" else 2, axis=-1)
+        return (w @ delta - charge) / np.sqrt(((w @ cov) * w).sum(-1))
+
+    assert D > 0 and (reach(other) <= D * (1 + 1e-9)).all()
+    close([reach(w), w @ cov @ w], [D, 1], rtol=1e-8)
+    near = w + 1e-3 * np.abs(w).max() * other
+    assert (reach(near) <= D * (1 + 1e-9)).all()
+    turn = (
+        np.linalg.qr(rng.normal(size=(d, d)))[0]
+        if norm == "l2"
+        else np.diag(rng.choice([-1, 1], d))
+    )
+    turned = gaussian.robust_direction(turn @ delta, turn @ cov @ turn.T, eps, norm)
+    close(turned[1], D, rtol=1e-8)
+    if share == 0:
+        close(w * D, np.linalg.solve(cov, delta), rtol=1e-6, atol=1e-9)
+
+
+@quick
+@given(solvable, real(-3, 3), gs)
+def test_definition_1_is_a_pair_from_moments(problem, t, g):
+    p, eps = problem
+    assume(p.mu_pos + p.mu_neg - 2 * eps > 0.01)
+    one, s = np.ones(p.d), (p.sigma_pos, p.sigma_neg)
+    cov, root = np.eye(p.d), np.sqrt(p.d)
+    q = GaussianPair.from_moments(p.mu_pos * one, -p.mu_neg * one, cov, p.prior, eps, sigma=s)
+    close(
+        gaussian.class_risk(t / root, q, g),
+        gaussian.class_risk(t, p, g, eps),
+        rtol=1e-6,
+        atol=1e-12,
+    )
+    line = GaussianPair.from_moments(p.mu_pos * one, -p.mu_neg * one, cov, p.prior, sigma=s, w=one)
+    close(
+        gaussian.class_risk(t / root, line, g), gaussian.class_risk(t, p, g), rtol=1e-6, atol=1e-12
+    )
+
+
+@quick
+@given(st.lists(real(0, 1), min_size=2, max_size=9), real(-9e-6, 9e-6))
+def test_no_weights_make_a_variance_factor_above_one(weights, off):
+    assume(sum(weights) > 0)
+    w = np.array(weights) / sum(weights) * (1 + off)
+    for kind in (np.asarray, torch.tensor):
+        g = mixup.variance_factor(weights=kind(w))
+        assert 1 / len(weights) - 1e-12 <= float(g) <= 1
+    g32 = mixup.variance_factor(weights=torch.tensor(w, dtype=torch.float32))
+    assert 1 / len(weights) - 1e-5 <= float(g32) <= 1
 
 
 @quick

@@ -19,10 +19,13 @@ from fairmix_nb.methods import (
     FAST,
     PIPELINES,
     TRAIN_ATTACKS,
+    Averaged,
     GradAlign,
     LogitAdjusted,
+    Method,
     Pipeline,
     Run,
+    Trades,
     TrainCfg,
     Weighted,
     make_streams,
@@ -136,6 +139,20 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Counting(Method):
+    def start(self, run):
+        return dict(radius=run.ones())
+
+    def step(self, run, x, y):
+        z = run.logits(run.attack(x, y, run.cfg.eps * run.state["radius"][y]))
+        run.tally(z, y)
+        run.add("said", y, z.softmax(1))
+        return run.loss(z, y)
+
+    def end_epoch(self, run):
+        run.state["radius"] = 1.5 - run.risk()
+
+
 @pytest.mark.parametrize(
     "kw, method",
     [
@@ -148,6 +165,9 @@ class Waits(TorchDispatchMode):
         (dict(), GradAlign(weight=0.1)),
         (dict(augment="crop_flip"), LogitAdjusted()),
         (dict(), Weighted(weights=(1.0,) * 10)),
+        (dict(attack="pgd", steps=2), Trades()),
+        (dict(), Averaged()),
+        (dict(), Counting()),  # sums by class, radii by class
     ],
 )
 def test_an_epoch_asks_the_device_for_nothing(digits, kw, method, monkeypatch):

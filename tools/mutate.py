@@ -85,8 +85,8 @@ NAMES = dict(
     nansum="nanmax",
 )
 COMMUTE = {
-    "_two_sum",
-    "_two_prod",
+    "two_sum",
+    "two_prod",
     "maximum",
     "minimum",
     "hypot",
@@ -97,7 +97,7 @@ COMMUTE = {
     "logaddexp",
     "isclose",
     "broadcast_shapes",
-    "_broadcast",
+    "common_shape",
 }
 DROPPED = {"sqrt", "abs", "sign", "log", "exp", "square", "expm1"}
 
