@@ -130,7 +130,7 @@ STILL = {
     "09_records": dict(silent=115, shown=0.54),
     "10_data": dict(cells=113, silent=163, shown=0.45),
     "11_models": dict(shown=0.56),
-    "16_ranks": dict(silent=66),
+    "25_ranks": dict(silent=66),
     "20_compare": dict(cells=83),
 }
 

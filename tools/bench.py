@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time the package against what one would write first, and write the record that chapter 15 draws.
+"""Time the package against what one would write first, and write the record that chapter 24 draws.
 
     python tools/bench.py                    # all blocks on the CPU -> nbs/results/speed_cpu.json
     python tools/bench.py --only step data   # some blocks; the record keeps the others

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The measured cases of chapter 16, on the embedded digits.
+"""The measured cases of chapter 25, on the embedded digits.
 
     python tools/scaling.py ranks    one run in one and in two processes   ->
     nbs/results/scaling.json
