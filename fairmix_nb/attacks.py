@@ -65,7 +65,7 @@ class Linf:
     "The box of radius eps: every pixel on its own"
 
     def direction(self, g):
-        "The steepest unit step: the sign of each slope"
+        "The steepest unit step: the sign of each slope; none where the slope is no number"
         return g.sign()
 
     def project(self, d, eps):
@@ -88,7 +88,7 @@ class L2:
 
     def direction(self, g):
         "The steepest unit step: the slope itself, of length one"
-        tiny = torch.finfo(g.dtype).tiny
+        tiny, g = torch.finfo(g.dtype).tiny, g.nan_to_num()  # no number: no slope
         g = g / g.abs().amax(tuple(range(1, g.ndim)), keepdim=True).clamp_min(tiny)
         return g / _length(g).clamp_min(tiny)
 
@@ -230,20 +230,21 @@ def scaled(
 def check_images(
     x: torch.Tensor,  # `(n, ...)`
     box: tuple | None,  # valid range; None: none
-) -> None:
+) -> torch.Tensor:  # the same; what a rounding of 1e-6 or less took outside is brought back
     "Refuse what is no batch of images in the valid range"
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}: x.float() / 255 makes pixels")
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"x must have shape (n, ...) with n >= 1, got {tuple(x.shape)}")
     if box is None:
-        return
+        return x
     lo, hi = (v.item() for v in x.aminmax())
-    if not (box[0] <= lo and hi <= box[1]):
+    if not (box[0] - 1e-6 <= lo and hi <= box[1] + 1e-6):
         raise ValueError(
-            f"x must lie in the box [{box[0]}, {box[1]}], got min {lo:.4g}, "
-            f"max {hi:.4g}; box=None switches the valid range off"
+            f"x must lie in the box [{box[0]}, {box[1]}], got min {lo:.9g}, "
+            f"max {hi:.9g}; box=None switches the valid range off"
         )
+    return x if box[0] <= lo and hi <= box[1] else x.clamp(*box)
 
 
 def _check_eps(eps, x, norm, box):
@@ -314,12 +315,12 @@ def _check_run(x, norm, keep, steps, step_size, restarts, random_start, generato
 
 # %% ../nbs/07_attacks.ipynb #183f6f87
 def _check(x, y, eps, norm, box):
-    "All checks that cost a look at the data, once per call; returns the classes needed"
+    "All checks that cost a look at the data, once per call; the classes needed, and `x`"
     if box is not None and not box[0] < box[1]:
         raise ValueError(f"box must be None or (low, high) with low < high, got {box}")
-    check_images(x, box)
+    x = check_images(x, box)
     _check_eps(eps, x, norm, box)
-    return check_labels(y, x)
+    return check_labels(y, x), x
 
 
 def _as_given(eps, norm, box, x):
@@ -343,20 +344,27 @@ def fgsm(
     "One step from `x` to the edge of the ball, along the gradient - Goodfellow et al. 2015, sec. 4"
     eps, norm, box = _as_given(eps, norm, box, x)
     one_of("norm", norm, NORMS)
-    n_cls = _check(x, y, eps, norm, box) if check else 0
+    n_cls, x = _check(x, y, eps, norm, box) if check else (0, x)
     if isinstance(eps, torch.Tensor):
         eps = eps.to(x)
     _, g = value_and_grad(model, x, _objective(loss, y, targeted, n_cls))
     return _clip(x + eps * NORMS[norm].direction(g), box)
 
 # %% ../nbs/07_attacks.ipynb #d3fd3fd7
+def _rows(v, like):
+    return v.view(-1, *[1] * (like.ndim - 1))
+
+
 def _path(model, z, x, eps, steps, step_size, norm, box, value):
-    "The points of one ascent from `z` and their values; the last point's is left to the caller"
+    """The points of one ascent from `z` and their values; the last point's is left to the caller.
+    Where the value is no number, half-way back to `x`"""
     ball = NORMS[norm]
     for _ in range(steps):
         v, g = value_and_grad(model, z, value)
         yield z, v
-        z = _clip(x + ball.project(z - x + step_size * ball.direction(g), eps), box)
+        d = z - x
+        d = torch.where(_rows(v.isnan(), x), d / 2, d + step_size * ball.direction(g))
+        z = _clip(x + ball.project(d, eps), box)
     yield z, None
 
 
@@ -377,7 +385,7 @@ def _worst(model, x, value, paths):
             if v is None:
                 v = value(model(z))
             up = v > top
-            best = torch.where(up.view(-1, *[1] * (x.ndim - 1)), z, best)
+            best = torch.where(_rows(up, x), z, best)
             top = torch.where(up, v, top)
     return best
 
@@ -406,7 +414,8 @@ def pgd(
     eps, norm, box = _as_given(eps, norm, box, x)
     random_start = random_start and start is None
     _check_run(x, norm, keep, steps, step_size, restarts, random_start, generator)
-    value = _objective(loss, y, targeted, _check(x, y, eps, norm, box) if check else 0)
+    n_cls, x = _check(x, y, eps, norm, box) if check else (0, x)
+    value = _objective(loss, y, targeted, n_cls)
     x, eps = x.detach(), eps.to(x) if isinstance(eps, torch.Tensor) else eps
     size = 2.5 * eps / steps if step_size is None else step_size
     paths = (
@@ -463,10 +472,6 @@ def _checkpoints(steps):
     return {b: b - a for a, b in zip([0] + w, w)}
 
 
-def _rows(v, like):
-    return v.view(-1, *[1] * (like.ndim - 1))
-
-
 @dataclass
 class Climb:
     "One ascent of Auto-PGD: what is known of each sample, one row each"
@@ -485,6 +490,7 @@ class Climb:
         self.best, self.best_loss, self.best_slope = self.z, zero - math.inf, self.z
         self.rises = zero  # steps since the last checkpoint that raised the loss
         self.halved, self.best_then = zero > 0, zero - math.inf  # as at the last checkpoint
+        self.lost = zero > 0  # the loss at `z` is no number
         self.step = 2 * self.eps  # from one end of the ball to the other
 
     def keep(self, rows):
@@ -515,17 +521,18 @@ def look(self: Climb, model, loss, slope):
     seen = []
 
     def value(logits):
-        seen.append(logits.detach().argmax(1))
+        seen.append((logits.argmax(1) != self.y) & logits.isfinite().all(1))
         return loss(logits, self.y, self.goal)
 
     self.loss_before = self.loss
     look = value_and_grad(model, self.z, value) if slope else (value(model(self.z)), self.slope)
     self.loss, self.slope = look
+    self.lost = self.loss.isnan()
     up = self.loss > self.best_loss
     self.best_loss = torch.where(up, self.loss, self.best_loss)
     self.best = torch.where(_rows(up, self.x), self.z, self.best)
     self.best_slope = torch.where(_rows(up, self.x), self.slope, self.best_slope)
-    return seen[0] != self.y
+    return seen[0]
 
 
 @patch
@@ -539,11 +546,13 @@ def look_back(self: Climb, rho, window):
     self.slope = torch.where(back, self.best_slope, self.slope)
     self.loss = torch.where(self.halved, self.best_loss, self.loss)
     self.rises, self.best_then = torch.zeros_like(self.rises), self.best_loss
+    self.lost = self.lost & ~(self.halved & (self.best_loss > -math.inf))
 
 # %% ../nbs/07_attacks.ipynb #3d3f5e63
 @patch
 def move(self: Climb, norm, box, first):
-    "A step along the slope; after the first three quarters of it, and a quarter of the last move"
+    """A step along the slope; after the first three quarters of it, and a quarter of the last move.
+    Where the loss is no number, half-way back to `x` instead"""
     ball = NORMS[norm]
 
     def inside(z):
@@ -552,7 +561,8 @@ def move(self: Climb, norm, box, first):
     z = inside(self.z + self.step * ball.direction(self.slope))
     if not first:
         z = inside(self.z + 0.75 * (z - self.z) + 0.25 * (self.z - self.z_before))
-    self.z_before, self.z = self.z, z
+    lost, back = _rows(self.lost, self.x), inside((self.z + self.x) / 2)
+    self.z_before, self.z = torch.where(lost, back, self.z), torch.where(lost, back, z)
 
 
 @patch
@@ -597,7 +607,8 @@ def apgd(
     "Auto-PGD: momentum, and a step that is halved where it stalls - Croce & Hein 2020, Alg. 1"
     eps, norm, box = _as_given(eps, norm, box, x)
     _check_apgd(x, y, norm, steps, restarts, targets, rho, loss, generator)
-    n_cls, x, logits = _check(x, y, eps, norm, box) if check else 0, x.detach(), model(x)
+    n_cls, x = _check(x, y, eps, norm, box) if check else (0, x)
+    x, logits = x.detach(), model(x)
     _enough_logits(logits, n_cls)
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
     eps = eps.view(*[1] * (x.ndim - eps.ndim), *eps.shape).expand(len(x), *[-1] * (x.ndim - 1))
@@ -711,7 +722,7 @@ def autoattack(
     eps, norm, box = _as_given(eps, norm, box, x)
     one_of("norm", norm, NORMS)
     _check_autoattack(x, y, eps, box)
-    n_cls = _check(x, y, eps, norm, box) if check else 0
+    n_cls, x = _check(x, y, eps, norm, box) if check else (0, x)
     AutoAttack = _pyautoattack()
     logits = model(x[:1])
     if logits.shape[1] < max(4, n_cls):

@@ -10,12 +10,14 @@ __all__ = ['STANDARD', 'DIAGNOSIS', 'SETTING', 'chunks_of', 'standard_attacks', 
 # %% ../nbs/18_audit.ipynb #4077e4c3
 import base64
 import hashlib
+import itertools
 import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +26,12 @@ from torch import Tensor
 
 # %% ../nbs/18_audit.ipynb #a1800002
 from .attacks import Threat, attack_by_name, check_images, check_labels, fgsm, one_of
-from .data import ImageSet, load, spread_subset
-from .diagnosis import Counted, Subject, attackable, diagnosis, predicted
-from .records import SCHEMA, Journal, pick_device, progress_bar, provenance, tensor_digest
+from .data import ImageSet, each_class, load
+from .diagnosis import Counted, Expected, Subject, attackable, diagnosis
+from .diagnosis import named_at, output_check, predicted
+from .models import dice
+from .records import SCHEMA, Journal, digest, pick_device, progress_bar, provenance
+from .records import tensor_digest, write_aside
 from .report import SWEEP, Outcome, columns, short
 from .risk import Paired, class_counts, classwise_risk, mcnemar, pack_flags
 from .risk import paired_bootstrap, worst_class, worst_difference
@@ -48,8 +53,8 @@ def pairs_of(
     if hasattr(data, "__iter__") and not isinstance(data, Tensor):
         return iter(data)
     raise ValueError(
-        "data must be an ImageSet, a pair (x, y) of tensors or a DataLoader, got "
-        f"{type(data).__name__}"
+        "data must be an ImageSet, a pair (x, y) of tensors or anything that gives such pairs, "
+        f"got {type(data).__name__}"
     )
 
 
@@ -59,7 +64,7 @@ def size_of(
     "How many images there are"
     if isinstance(data, ImageSet):
         return len(data)
-    if isinstance(data, (tuple, list)) and len(data) == 2:
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
         return len(data[1])
     try:
         return len(data.dataset)
@@ -77,7 +82,10 @@ def chunks_of(
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(f"data must come in pairs (x, y), got {type(pair).__name__}")
         x, y = pair
-        check_images(x, box)
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            kinds = f"{type(x).__name__} and {type(y).__name__}"
+            raise ValueError(f"data must come in pairs (x, y) of tensors, got {kinds}")
+        x = check_images(x, box)
         if y.ndim != 1 or y.is_floating_point():
             raise ValueError(f"y must be classes (n,) long, got {tuple(y.shape)} {y.dtype}")
         check_labels(y, x)
@@ -117,9 +125,12 @@ def check_model(
     y: Tensor,  # their classes `(n,)`
     threat: Threat,  # what the adversary may do
 ) -> int:  # classes C
-    "Refuse a model without logits, or without a gradient"
+    "Refuse a model without logits, or without a gradient; say where they are probabilities"
     predicted(net, x)
     n_cls = net(x[:1]).shape[1]
+    said = output_check(Subject(net, x, y, threat))
+    if said["state"] == "flag":
+        warnings.warn(said["sentence"], stacklevel=4)
     if y.max() >= n_cls:
         raise ValueError(f"y must hold classes in 0..{n_cls - 1}, got {y.max().item()}")
     fgsm(net, x[:1], y[:1], threat)
@@ -133,7 +144,7 @@ def gradients_each(
     attacks: list,  # names
     sweep: list = (),  # multiples of eps
 ) -> int:
-    "The most gradients that attacking one image may cost"
+    "The most gradients that attacking one image may cost (times `eot`)"
     most = sum(attack_by_name(a).max_gradients for a in attacks)
     return most + len(sweep) * attack_by_name(SWEEP).max_gradients
 
@@ -187,21 +198,24 @@ def seed_of(*parts) -> int:
 
 def piece(
     net: Counted,  # the network
-    key: tuple,  # seed of the audit, name of the piece
+    name: str,  # of the piece
     attack: Callable,  # of `attack_by_name`
     threat: Threat,
     x: Tensor,  # `(b, ...)`
     y: Tensor,  # `(b,)`
-) -> dict:  # plain data: predicted, gradients, seconds
+    plan: dict,  # seed, eot, quantise
+) -> tuple:  # plain data: predicted, lost, gradients, seconds; and the attacked points
     "One attack on some images"
-    generator = torch.Generator(x.device).manual_seed(seed_of(*key, tensor_digest(x, y)))
-    start, before = time.perf_counter(), net.gradients
-    z = attack(net, x, y, threat, generator=generator)
-    return dict(
-        predicted=packed(predicted(net, z).cpu()),
-        gradients=net.gradients - before,
-        seconds=round(time.perf_counter() - start, 3),
-    )
+    seed = seed_of(plan["seed"], name, tensor_digest(x, y))
+    generator = torch.Generator(x.device).manual_seed(seed)
+    start, before, eot = time.perf_counter(), net.gradients, plan.get("eot", 1)
+    with dice(seed % 2**63, x.device):
+        z = attack(net if eot == 1 else Expected(net, eot), x, y, threat, generator=generator)
+        z = (255 * z).round() / 255 if plan.get("quantise") else z
+        named, lost = named_at(net, z, y)
+    found = dict(predicted=packed(named.cpu()), gradients=net.gradients - before)
+    found.update(seconds=round(time.perf_counter() - start, 3))
+    return found | (dict(lost=int(lost.sum())) if lost.any() else {}), z
 
 # %% ../nbs/18_audit.ipynb #587c5060
 def one_chunk(
@@ -213,20 +227,28 @@ def one_chunk(
     bar: object,  # of progress, in gradients
 ) -> tuple:  # attack -> its piece of the record; radii times images: wrong
     "All attacks on one chunk; in the sweep, what a smaller radius breaks a larger one breaks too"
-    seed, threat, pieces = plan["seed"], plan["threat"], {}
+    threat, pieces, keep = plan["threat"], {}, plan.get("keep")
+    with dice(plan["seed"], x.device):
+        wrong = predicted(net, x) != y
     for name in plan["attacks"]:
         attack = attack_by_name(name)
-        job = net, (seed, name), attack, threat, x, y
-        pieces[name] = run(name, lambda: piece(*job))
+
+        def work():
+            found, z = piece(net, name, attack, threat, x, y, plan)
+            if keep:
+                keep(x, y, z, name)
+            return found
+
+        pieces[name] = run(name, work)
         bar.update(len(x) * max(1, attack.max_gradients))
-    attack, broken, rows = attack_by_name(SWEEP), predicted(net, x) != y, []
+    attack, rows = attack_by_name(SWEEP), []
     for times in plan["sweep"]:
-        key, left = f"{SWEEP} {times}", ~broken
+        key, left = f"{SWEEP} {times}", ~wrong
         if left.any():
-            job = net, (seed, key), attack, threat.scaled(times), x[left], y[left]
-            found = run(key, lambda: piece(*job))
-            broken[left] = torch.as_tensor(unpacked(found["predicted"])).to(y) != y[left]
-        rows.append(broken.cpu().numpy().copy())
+            job = net, key, attack, threat.scaled(times), x[left], y[left], plan
+            found = run(key, lambda: piece(*job)[0])
+            wrong[left] = torch.as_tensor(unpacked(found["predicted"])).to(y) != y[left]
+        rows.append(wrong.cpu().numpy().copy())
         bar.update(attack.max_gradients * len(x))
     return pieces, np.array(rows).reshape(len(rows), len(x))
 
@@ -270,11 +292,10 @@ class Hashes:
         return hashlib.sha256(b"".join(h.digest() for h in self.parts)).hexdigest()[:16]
 
 # %% ../nbs/18_audit.ipynb #c752dbed
-def chunk_by_chunk(net, data, plan, journal, n_cls, bar):
+def chunk_by_chunk(net, chunks, plan, journal, n_cls, bar):
     "Every chunk with its pieces, checked against the journal: x, y, pieces, rows of the sweep"
-    device, box = plan["device"], plan["threat"].box
-    for i, (x, y) in enumerate(chunks_of(data, plan["batch"], box)):
-        x, y = x.to(device), y.to(device)
+    for i, (x, y) in enumerate(chunks):
+        x, y = x.to(plan["device"]), y.to(plan["device"])
         if y.max() >= n_cls:
             raise ValueError(f"y must hold classes in 0..{n_cls - 1}, got {y.max().item()}")
         same = tensor_digest(x, y)
@@ -288,8 +309,8 @@ def chunk_by_chunk(net, data, plan, journal, n_cls, bar):
 
 def attack_all(
     net: Counted,  # the network
-    data: object,  # see `pairs_of`
-    plan: dict,  # attacks, sweep, threat, seed, batch, device
+    chunks: object,  # of `chunks_of`, gone through once
+    plan: dict,  # attacks, sweep, threat, seed, device
     journal: Journal,  # what is done already
     n_cls: int,  # classes of the logits
     keep: int,  # images to set aside for the diagnosis
@@ -298,7 +319,7 @@ def attack_all(
     "Every chunk under every attack; memory holds one chunk, the labels, and what is set aside"
     ys, pieces, sweeps, aside, hashes = [], [], [], Aside(keep), Hashes()
     with bar:
-        for x, y, found, rows in chunk_by_chunk(net, data, plan, journal, n_cls, bar):
+        for x, y, found, rows in chunk_by_chunk(net, chunks, plan, journal, n_cls, bar):
             hashes.add(x, y)
             aside.add(x, y)
             ys.append(y.cpu().numpy()), pieces.append(found), sweeps.append(rows)
@@ -307,6 +328,8 @@ def attack_all(
         preds[a] = np.concatenate([unpacked(p[a]["predicted"]) for p in pieces])
         seconds = round(sum(p[a]["seconds"] for p in pieces), 2)
         cost[a] = dict(seconds=seconds, gradients=sum(p[a]["gradients"] for p in pieces))
+        lost = sum(p[a].get("lost", 0) for p in pieces)
+        cost[a] |= dict(lost=lost) if lost else {}
     sweep, y = np.concatenate(sweeps, 1), np.concatenate(ys)
     raw = {a: pred != y for a, pred in preds.items()}
     common = dict(y=y, preds=preds, raw=raw, cost=cost, sweep=sweep, digest=hashes.hexdigest())
@@ -338,17 +361,30 @@ def ready(
     model: Callable,  # logits
     data: object,  # see `pairs_of`
     plan: dict,  # threat, attacks, sweep, seed, batch, device; attacks None: the standard ones
-) -> tuple:  # network, first chunk, classes, the whole plan
+) -> tuple:  # network, first chunk, all chunks, classes, the whole plan
     "What an audit works with, checked before it works"
-    net = Counted(attackable(model, plan["device"]))
-    first = next(chunks_of(data, plan["batch"], plan["threat"].box), None)
+    chunks = chunks_of(data, plan["batch"], plan["threat"].box)
+    first = next(chunks, None)
     if first is None:
         raise ValueError("data must hold at least one image, got no image")
     x, y = (v.to(plan["device"]) for v in first)
-    n_cls = check_model(net, x[:2], y[:2], plan["threat"])
+    some = spread_over(len(x), 32)
+    if getattr(model, "training", False):
+        warnings.warn(
+            "the model came in training mode, it is audited in evaluation mode", stacklevel=3
+        )
+    with dice(plan["seed"], x.device):
+        net = Counted(attackable(model, plan["device"], x[some]))
+        n_cls = check_model(net, x[some], y[some], plan["threat"])
     attacks = list(standard_attacks(n_cls) if plan["attacks"] is None else plan["attacks"])
     check_plan(attacks, plan["sweep"], n_cls)
-    return net, x, n_cls, plan | dict(attacks=attacks, sweep=sorted(plan["sweep"]))
+    plan = plan | dict(attacks=attacks, sweep=sorted(map(float, plan["sweep"])))
+    return net, x, itertools.chain([first], chunks), n_cls, plan
+
+
+def spread_over(n, most):
+    "At most so many of `n` places, evenly spaced."
+    return torch.linspace(0, n - 1, min(n, most)).round().long()
 
 
 def priced(net, x, plan, n, diagnose, progress):
@@ -360,27 +396,86 @@ def priced(net, x, plan, n, diagnose, progress):
     if not bar.disable:
         start = time.perf_counter()
         fgsm(net, x, torch.zeros(len(x), dtype=torch.long, device=x.device), plan["threat"])
-        seconds = (time.perf_counter() - start) / len(x)
+        seconds = (time.perf_counter() - start) / len(x) * plan.get("eot", 1)
         bar.write(price_of(attacks, sweep, n, diagnose, seconds), file=sys.stderr)
     return bar
 
-
+# %% ../nbs/18_audit.ipynb #c039x203665
 def config_of(plan):
     "A plan as the plain data that a record keeps and a journal compares."
     threat, config = plan["threat"], dict(eps=plan["threat"].eps, attacks=plan["attacks"])
     config.update(norm=threat.norm, box=threat.box, sweep=plan["sweep"])
-    return json.loads(json.dumps(config | {k: plan[k] for k in ("batch", "seed")}))
+    config.update({k: int(plan[k]) for k in ("batch", "seed")})
+    more = {
+        k: int(plan[k]) for k, usual in (("eot", 1), ("quantise", False)) if plan.get(k) != usual
+    }
+    return json.loads(json.dumps(config | more))
 
 
 @torch.no_grad()
-def fingerprint(net, x):
-    "A digest of what the model says about `x`, so that another model's journal is refused."
-    return tensor_digest(net(x).double().round(decimals=3))
+def identity(model, net, x):
+    "The weights' digest, and of some images two mixtures of the logits: another model's differ."
+    state = getattr(model, "state_dict", dict)()
+    logits = net(x[spread_over(len(x), 16)]).double().cpu()
+    mixed = (
+        logits
+        @ torch.randn(logits.shape[1], 2, generator=torch.Generator().manual_seed(0)).double()
+    )
+    return dict(model=digest(dict(state)) if state else None, logits=mixed.flatten().tolist())
+
+
+class Images:
+    "A folder of attacked images: a file for each chunk and attack"
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, x, y, z, name):
+        path = self.folder / f"{tensor_digest(x, y)}-{name}.npz"
+        found = dict(x=x, y=y, attacked=z)
+        arrays = {k: v.cpu().numpy() for k, v in found.items()}
+        write_aside(path, lambda f: np.savez_compressed(f, **arrays))
+
+
+def check_options(eot, quantise, save_images, threat, out):
+    "Refuse what cannot be done, before any work."
+    if not isinstance(eot, (int, np.integer)) or eot < 1:
+        raise ValueError(f"eot must be a whole number of passes, at least 1, got {eot!r}")
+    if quantise and threat.box != (0.0, 1.0):
+        raise ValueError(f"quantise needs pixels in [0, 1], got box {threat.box}")
+    if save_images and not out:
+        raise ValueError("save_images needs out, the folder to keep them in, got None")
+
+# %% ../nbs/18_audit.ipynb #c041x851384
+def judged(model, net, chunks, plan, journal, header, bar, diagnose, surrogate, out):
+    "The outcome: every chunk attacked, counted, diagnosed, and kept."
+    try:
+        found = attack_all(net, chunks, plan, journal, len(header["classes"]), diagnose, bar)
+    except KeyboardInterrupt:
+        kept = f"finished batches are kept in {out}" if out else "nothing is kept"
+        raise KeyboardInterrupt(f"audit stopped; {kept}") from None
+    counts = counted(found, len(header["classes"]))
+    record = dict(header, provenance=provenance(plan["device"]), **counts)
+    lost = max(a.get("lost", 0) for a in counts["attacks"].values()) / len(found["y"])
+    if lost and not diagnose:
+        warnings.warn(
+            f"the logits are no numbers at {short(lost)} of the attacked images", stacklevel=3
+        )
+    if diagnose:
+        subject = Subject(net, found["x"], found["kept"], plan["threat"], plan["seed"], lost)
+        job = subject, model, found["raw"], found["aside"], surrogate, plan["eot"]
+        with dice(plan["seed"], plan["device"]):
+            record["diagnosis"] = diagnosis(*job)
+    outcome = Outcome(record)
+    if out:
+        outcome.save(out)
+    return outcome
 
 # %% ../nbs/18_audit.ipynb #d3698d61
 def audit(
     model: Callable,  # logits `(n, C)` for x in [0, 1]; a module is copied, never changed
-    data: object,  # test images: an ImageSet, a pair (x, y) of tensors, or a DataLoader
+    data: object,  # test images: an ImageSet, a pair (x, y) of tensors, or what gives pairs
     eps: float | tuple | Threat,  # radius in pixel units of [0, 1]; a tuple: one per channel
     attacks: tuple | None = None,  # from weak to strong, see `attack_by_name`; None: `STANDARD`
     *,
@@ -396,33 +491,29 @@ def audit(
     out: str | Path | None = None,  # folder of journal and report; None: keep nothing
     resume: bool = False,  # go on in `out`
     progress: bool | str = True,  # say the price and show a bar
+    eot: int = 1,  # passes of a randomised network that an attack averages
+    quantise: bool = False,  # round attacked images to 8 bits before they are judged
+    save_images: bool = False,  # keep the attacked images in `out`/images
 ) -> Outcome:
     "Attack every test image and report class by class: raw and worst-case risk, and a diagnosis"
     threat = eps if isinstance(eps, Threat) else Threat(eps, norm, box)
     device, out = pick_device(device), out and Path(out)
     plan = dict(threat=threat, attacks=attacks, sweep=sweep, batch=batch, seed=seed, device=device)
-    net, x, n_cls, plan = ready(model, data, plan)
-    names = [str(c) for c in classes or getattr(data, "classes", range(n_cls))]
+    check_options(eot, quantise, save_images, threat, out)
+    plan.update(eot=eot, quantise=quantise)
+    net, x, chunks, n_cls, plan = ready(model, data, plan)
+    names = [
+        str(c) for c in (getattr(data, "classes", range(n_cls)) if classes is None else classes)
+    ]
     if len(names) != n_cls:
         raise ValueError(f"classes must name the {n_cls} logits of the model, got {len(names)}")
-    header = dict(
-        schema=SCHEMA, kind="audit", config=config_of(plan), model=fingerprint(net, x[:2])
-    )
-    journal = Journal(out and out / "journal.jsonl", header, resume)
-    try:
-        bar = priced(net, x, plan, size_of(data), diagnose, progress)
-        found = attack_all(net, data, plan, journal, n_cls, diagnose, bar)
-    except KeyboardInterrupt:
-        kept = f"finished batches are kept in {out}" if out else "nothing is kept"
-        raise KeyboardInterrupt(f"audit stopped; {kept}") from None
-    record = dict(header, classes=names, provenance=provenance(device), **counted(found, n_cls))
-    if diagnose:
-        subject = Subject(net, found["x"], found["kept"], threat, seed)
-        record["diagnosis"] = diagnosis(subject, model, found["raw"], found["aside"], surrogate)
-    outcome = Outcome(record)
-    if out:
-        outcome.save(out)
-    return outcome
+    header = dict(schema=SCHEMA, kind="audit", config=config_of(plan), classes=names)
+    with dice(seed, device):
+        header.update(identity(model, net, x))
+    journal = Journal(out and out / "journal.jsonl", header, resume, close=("logits",))
+    plan["keep"] = Images(out / "images") if save_images else None
+    bar = priced(net, x, plan, size_of(data), diagnose, progress)
+    return judged(model, net, chunks, plan, journal, header, bar, diagnose, surrogate, out)
 
 # %% ../nbs/18_audit.ipynb #706e37c0
 @dataclass(frozen=True)
@@ -502,14 +593,14 @@ def compare_reports(
 def as_trained(
     path: str | Path,  # a checkpoint, or its folder
 ) -> dict:  # size, per_class, test_per_class of `load`; {} where there is no record
-    "How the run that wrote a checkpoint loaded its images, by its record"
-    record = checkpoint_file(path).parent / "record.json"
+    "How the run that wrote a checkpoint loaded its images, by the checkpoint or its record"
+    record, found = checkpoint_file(path).parent / "record.json", read_weights(path)[1]
     try:
-        split = json.loads(record.read_text())["data"]["split"]
+        split = found.get("split") or json.loads(record.read_text())["data"]["split"]
         keys = ("size", "per_class", "test_per_class") if split["rule"] == "thirds" else ("size",)
         return {k: split[k] for k in keys}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return dict(size=tuple(found["shape"][1:])) if "shape" in found else {}
 
 
 def audit_checkpoint(
@@ -540,7 +631,13 @@ def audit_checkpoint(
     eps = cfg.get("eps") if eps is None else eps
     if eps is None:
         raise ValueError("eps must be given: the checkpoint names no radius")
+    if found.get("classes", list(test.classes)) != list(test.classes):
+        names = ", ".join(sorted(set(found["classes"]) ^ set(test.classes))) or "their order"
+        raise ValueError(f"{path} was trained on other classes than {data} has, got {names} differ")
+    if found.get("shape", list(test.x.shape[1:])) != list(test.x.shape[1:]):
+        got = f"{found['shape']} then, {list(test.x.shape[1:])} now (c, h, w)"
+        raise ValueError(f"{path} was trained on images of another shape, got {got}: give size")
     if test_per_class is not None:
-        test = spread_subset(test, test_per_class * shape[0])
+        test = each_class(test, test_per_class, "test_per_class")
     other = None if surrogate is None else load_model(surrogate, *shape)[0]
     return audit(model, test, eps, attacks, surrogate=other, **kw)

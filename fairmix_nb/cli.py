@@ -107,6 +107,9 @@ def audit_arguments(a):
     a("--size", type=int, metavar="S", help="side of the images of a folder (default: the run's)")
     a("--batch", type=int, default=256, help="images at a time (default: 256)")
     a("--seed", type=int, default=0, help="of the random starts")
+    a("--eot", type=int, default=1, metavar="K", help="randomised networks: passes to average")
+    a("--quantise", action="store_true", help="round attacked images to 8 bits before judging")
+    a("--save-images", action="store_true", help="keep the attacked images in --out")
     a("--device", default="auto", help="auto, cpu or cuda")
     a("--out", type=Path, help="new folder for the report (default: runs/audit-TIME)")
     a("--resume", action="store_true", help="go on with the audit in --out")
@@ -261,6 +264,7 @@ def run_audit(args):
     attacks = names and tuple(names if "clean" in names else ["clean", *names])
     out = args.out or new_folder("audit")
     same = ("norm", "surrogate", "size", "batch", "seed", "device", "resume")
+    same += ("eot", "quantise", "save_images")
     given = {name: getattr(args, name) for name in same}
     given.update(per_class=args.subset, test_per_class=args.test_subset, name=args.model)
     audit_checkpoint = importlib.import_module("fairmix_nb.audit").audit_checkpoint
@@ -312,6 +316,9 @@ def main(
     argv: list | None = None,  # None: those of the process
 ) -> int:  # exit code: 0, 2 where something is wrong, 130 after Ctrl-C
     "The command line `fairmix`; without arguments, `compare` on the embedded digits"
+    for stream in (sys.stdout, sys.stderr):  # a class name may hold what a terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     runs = dict(compare=run_compare, train=run_train, audit=run_audit, show=run_show)
     try:
         args = parser().parse_args(understood(sys.argv[1:] if argv is None else list(argv)))

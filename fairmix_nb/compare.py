@@ -24,14 +24,14 @@ from .attacks import Threat, attack_by_name, one_of, patch
 from .data import Data, load
 from .methods import METHODS, Method, TrainCfg, describe
 from .models import MODELS, build
-from .records import SCHEMA, pick_device, progress_bar, provenance, read_record
-from .records import write_aside
+from .records import SCHEMA, digest, pick_device, progress_bar, provenance, read_record
+from .records import same_numbers, write_aside
 from .report import Outcome, attack_errors, canvas, class_rows, columns, name_ticks
 from .report import one_step_signs, outcome_of, short
 from .risk import classwise_risk, exact_interval, paired_bootstrap
 from .risk import summary as four_numbers
 from .risk import worst_difference
-from .runs import checkpoints, curves_csv, load_checkpoint
+from .runs import checkpoints, curves_csv, load_checkpoint, read_start
 
 # %% ../nbs/20_compare.ipynb #a5b3049a
 from .train import fit
@@ -128,6 +128,10 @@ def one_run(plan, data, seed, name, progress=False):
     folder = plan.folder(name, seed)
     path = folder and folder / "record.json"
     if path and path.exists() and "attacks" in (kept := json.loads(path.read_text())):
+        then, now = kept["data"]["digests"], data.describe()["digests"]
+        if then != now:
+            parts = ", ".join(k for k in now if then.get(k) != now[k])
+            raise ValueError(f"{path} is of other images than {data.name} has now: {parts} differ")
         return kept
     with few_threads(data):
         done = trained(plan, name, seed, data, progress)
@@ -245,6 +249,17 @@ def check_data(data, seeds, cfg, attacks):
         attack_by_name(name).check(data.test.n_cls)
 
 
+@torch.no_grad()
+def identity(plan, data, seed):
+    "What names do not tell: digests of images, class names and first weights, and some logits."
+    net = plan.network(data, seed).eval()
+    said = net(data.train.floats(torch.arange(4)))
+    weights = {k: v for k, v in net.state_dict().items() if not torch.nn.parameter.is_lazy(v)}
+    start = plan.start_from and digest(read_start(plan.start_from))
+    found = dict(images=data.digest(), classes=list(data.test.classes), network=digest(weights))
+    return dict(found, start_from=start, logits=said.flatten().tolist())
+
+
 def new_record(data, seeds, plan, load_kw, notes):
     "What is asked for, on what, and where: a comparison's record before its first run."
     how = {n: describe(m) if isinstance(m, Method) else "function" for n, m in plan.methods.items()}
@@ -253,7 +268,9 @@ def new_record(data, seeds, plan, load_kw, notes):
     config = dict(data=data.name, methods=list(plan.methods), ways=how, seeds=list(seeds))
     config.update(attacks=list(plan.attacks), model=model, cfg=asdict(plan.cfg), load=load_kw)
     config.update(start_from=start)
+    same = identity(plan, data, seeds[0])
     return dict(
+        identity=same,
         schema=SCHEMA,
         kind="comparison",
         config=json.loads(json.dumps(config)),
@@ -279,8 +296,14 @@ def open_folder(out, record, resume):
         return
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: {path} does not exist")
-    old, new = read_comparison(path)["config"], record["config"]
+    kept = read_comparison(path)
+    old, new = kept["config"], record["config"]
     differ = [f"{k} ({old.get(k)} then, {new[k]} now)" for k in new if old.get(k) != new[k]]
+    old, new = kept.get("identity"), record.get("identity")  # records of 0.1 have none
+    if old and new:
+        logits = () if same_numbers(old["logits"], new["logits"]) else ("logits",)
+        parts = [k for k in new if k != "logits" and old.get(k) != new[k]]
+        differ += [f"the {k} are others than those of the same name" for k in (*parts, *logits)]
     if differ:
         raise ValueError(f"{out} was started with another configuration: {'; '.join(differ)}")
 
@@ -402,8 +425,15 @@ def flags(
     one_of("attack", attack, self.attacks)
     outcomes = self.outcomes(method)
     wrong = [o.flags(attack, raw) for o in outcomes]
-    if len({o.record["test"] for o in outcomes}) == 1:
+    tests = {o.record["test"] for o in outcomes}
+    if len(tests) == 1:
         return np.stack(wrong), outcomes[0].labels
+    rule = self.record["data"].get("split", {}).get("rule")
+    if rule != "thirds" or len(tests) < len(outcomes):
+        raise ValueError(
+            f"runs of {method!r} must share a test part, or be folds of one set, got "
+            f"{len(tests)} test parts in {len(outcomes)} runs ({rule})"
+        )
     return np.concatenate(wrong)[None], np.concatenate([o.labels for o in outcomes])
 
 

@@ -7,6 +7,7 @@ __all__ = ['LAWS', 'variance_factor', 'as_law', 'sample_lam', 'sample_weights', 
            'any_partner', 'ClassTable', 'mix', 'same_class_mixup', 'SameClassMixup']
 
 # %% ../nbs/02_mixup.ipynb #1cbe0c9d
+import weakref
 from dataclasses import dataclass
 from numbers import Real
 
@@ -272,6 +273,20 @@ def same_class_mixup(
     return mix(x, (x[p] for p in partners), w)
 
 # %% ../nbs/02_mixup.ipynb #536568c2
+_WORKERS = weakref.WeakKeyDictionary()  # generator as given -> the one that this worker draws from
+
+
+def _of_this_worker(generator):
+    "In a worker of a DataLoader a generator of its own: the copies of one would all draw the same"
+    worker = torch.utils.data.get_worker_info()
+    if generator is None or worker is None:
+        return generator
+    if generator not in _WORKERS:  # the seed is the epoch's plus the worker's number
+        own = torch.Generator().manual_seed((generator.initial_seed() + worker.seed) % 2**63)
+        _WORKERS[generator] = own
+    return _WORKERS[generator]
+
+
 @dataclass(frozen=True)
 class SameClassMixup:
     "Mixes batches `(x, y)` inside their classes and keeps `y`; called like torchvision's MixUp."
@@ -290,7 +305,7 @@ class SameClassMixup:
         y: Tensor,  # `(n,)` labels 0..n_cls-1
     ) -> tuple:  # the mixed `(n, ...)` and the very same `y`
         "A mixed batch with its hard labels - eq. (9)"
-        g = self.generator
+        g = _of_this_worker(self.generator)
         if g is None:
             g = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, ())))
         w = sample_weights(self.law, len(x), self.k, g)

@@ -5,13 +5,18 @@
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'MODELS', 'Normalize', 'first_layer', 'Quarters', 'kaiming', 'small_cnn', 'conv_bn',
            'Subsample', 'projection', 'Block', 'resnet', 'resnet20', 'resnet18', 'n_params', 'build', 'fold_pair',
-           'fold_batchnorm']
+           'copied', 'fold_batchnorm', 'LogitsOnly', 'as_attacked']
 
 # %% ../nbs/11_models.ipynb #044a7d42
+import contextlib
 import copy
+import random
+import warnings
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import one_of
@@ -58,7 +63,8 @@ class Quarters(nn.Module):
     "Mean of each quarter of the image, `(n, c, h, w)` to `(n, c, 2, 2)`; repeatable on GPUs too."
 
     def forward(self, x):
-        h, w = x.shape[2:]
+        h, w = (max(side, 2) for side in x.shape[2:])
+        x = x.expand(-1, -1, h, w) if min(x.shape[2:]) == 1 else x  # a side of one is both halves
         return F.avg_pool2d(x, ((h + 1) // 2, (w + 1) // 2), (h // 2, w // 2))
 
 
@@ -235,14 +241,189 @@ def fold_pair(
     return out
 
 # %% ../nbs/11_models.ipynb #57417f43
+def untouched(m):
+    "No hook and no forward of its own: a layer does what its class says."
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return not hooks and "forward" not in vars(m)
+
+
+def foldable(a, b):
+    "A convolution and the BatchNorm behind it, both PyTorch's own and as PyTorch made them."
+    own = type(a) is nn.Conv2d and type(b) is nn.BatchNorm2d
+    return own and untouched(a) and untouched(b) and b.running_var is not None and not b.training
+
+# %% ../nbs/11_models.ipynb #c044x22791
+def copied(
+    model: nn.Module,  # left as it is
+    eval: bool = True,  # put the copy in evaluation mode
+) -> nn.Module:
+    "A copy, also of a network that keeps tensors with a history as attributes."
+    memo = {}
+    for m in model.modules():
+        for t in vars(m).values():
+            if isinstance(t, Tensor) and not t.is_leaf:  # such as the weight of weight_norm
+                memo[id(t)] = t.detach().clone()
+    try:
+        other = copy.deepcopy(model, memo)
+    except Exception as e:
+        raise ValueError(f"model must be a module that copy.deepcopy copies, got {e}") from e
+    return other.eval() if eval else other
+
+
 def fold_batchnorm(
     model: nn.Module,  # left as it is
 ) -> nn.Module:  # a copy in eval mode
     "Fold each BatchNorm2d that follows a Conv2d in a Sequential into it: same logits, less work."
-    model = copy.deepcopy(model).eval()
+    model = copied(model)
     for seq in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for i, (a, b) in enumerate(zip(seq[:-1], seq[1:])):
-            pair = isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d)
-            if pair and b.running_var is not None:
+        layers = list(seq)
+        if type(seq).forward is not nn.Sequential.forward or not untouched(seq):
+            continue
+        for i, (a, b) in enumerate(zip(layers, layers[1:])):
+            if foldable(a, b):
                 seq[i], seq[i + 1] = fold_pair(a, b), nn.Identity()
     return model
+
+# %% ../nbs/11_models.ipynb #c047x476994
+def check_logits(
+    out: object,  # what a network returned
+    n: int,  # images it was given
+    n_cls: int | None = None,  # classes expected; None: whatever comes
+) -> Tensor:  # the same, `(n, C)`
+    "Refuse what is no table of logits, with the way to one."
+    remedy, want = "models.LogitsOnly(model) returns them", f"logits ({n}, {n_cls or 'C'})"
+    if not isinstance(out, Tensor):
+        raise ValueError(f"model must return {want}, got {type(out).__name__}: {remedy}")
+    one = out.ndim == 1 or out.ndim == 2 and out.shape[1] == 1 and n_cls != 1
+    if one and len(out) == n:
+        got = f"got one number an image, {tuple(out.shape)}"
+        raise ValueError(f"model must return {want}, {got}: {remedy} for two classes")
+    if out.ndim != 2 or len(out) != n or n_cls not in (None, out.shape[1]):
+        raise ValueError(f"model must return {want} for {n} images, got {tuple(out.shape)}")
+    return out
+
+
+def is_softmax(out):
+    "Rows of numbers in [0, 1] that sum to one."
+    inside = out.detach().min() >= 0 and out.detach().max() <= 1
+    return bool(inside and (out.detach().sum(1) - 1).abs().max() < 1e-3)
+
+# %% ../nbs/11_models.ipynb #c049x670684
+class LogitsOnly(nn.Module):
+    "The logits of a network that returns more, or one number for two classes, or probabilities."
+
+    def __init__(
+        self,
+        model: Callable,  # a tuple's first, a dict's `logits` (or first) is taken
+        probabilities: bool = False,  # True: they end in softmax or sigmoid, which is undone
+    ):
+        super().__init__()
+        self.model, self.probabilities = model, probabilities
+
+    def forward(self, x):
+        out = self.model(x)
+        if isinstance(out, Mapping):
+            out = out["logits"] if "logits" in out else next(iter(out.values()))
+        out = getattr(out, "logits", out)  # of a named tuple
+        out = out[0] if isinstance(out, (tuple, list)) else out
+        out = out[:, None] if out.ndim == 1 else out
+        if self.probabilities:
+            p = out.clamp_min(torch.finfo(out.dtype).tiny)
+            softmax = out.shape[1] > 1 and is_softmax(out)
+            out = p.log() if softmax else p.log() - torch.log1p(-out).clamp_min(-100)
+        return torch.cat([torch.zeros_like(out), out], 1) if out.shape[1] == 1 else out
+
+# %% ../nbs/11_models.ipynb #c050x139383
+@contextlib.contextmanager
+def dice(
+    seed: int,  # of everything that a network may draw from, inside the block
+    device: object,  # where it draws
+):
+    "Python's, NumPy's and PyTorch's global random states: as seeded inside, as they were after"
+    cuda = [device] if torch.device(device).type == "cuda" else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class Fed(nn.Module):
+    "A network fed in its own precision and memory order, answering in single precision or better."
+
+    def __init__(
+        self,
+        net: nn.Module,
+        dtype: torch.dtype = torch.float32,  # of its weights
+        channels_last: bool = False,  # True: images `(n, c, h, w)` are stored so
+    ):
+        super().__init__()
+        self.net, self.dtype, self.channels_last = net, dtype, channels_last
+
+    def forward(self, x):
+        last = torch.channels_last if self.channels_last and x.ndim == 4 else None
+        z = x.to(self.dtype).contiguous(memory_format=last or torch.contiguous_format)
+        out = self.net(z)
+        low = isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16)
+        return out.float() if low else out
+
+
+def own_dtype(net, otherwise):
+    "The precision of a network's weights."
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), otherwise)
+
+
+def answers(net, x):
+    "What a network says about `x`, with the same dice every time."
+    with torch.no_grad(), dice(0, x.device):
+        return net(x)
+
+
+AGREE = 1e-4  # of the largest logit; folding and another memory order change 1e-6
+
+
+def agree(a, b):
+    "The same logits, but for rounding."
+    most = AGREE * a.abs().max() + 1e-12
+    return a.shape == b.shape and bool(((a - b).abs().nan_to_num() <= most).all())
+
+
+def stored_last(net):
+    "A copy with channels last; None where it has weights of more dimensions than images."
+    if isinstance(net, torch.jit.ScriptModule) or any(p.ndim > 4 for p in net.parameters()):
+        return None
+    return copied(net).to(memory_format=torch.channels_last)
+
+# %% ../nbs/11_models.ipynb #c053x219036
+def as_attacked(
+    model: nn.Module,  # left as it is
+    x: Tensor,  # some images `(n, ...)`, where it will be attacked
+) -> nn.Module:  # in evaluation mode, no parameter asks for a gradient
+    "A copy to attack: BatchNorm folded, channels last, each only where it says the same about `x`."
+    net = copied(model).to(x.device)
+    net = net if isinstance(net, torch.jit.ScriptModule) else net.requires_grad_(False)
+    dtype = own_dtype(net, x.dtype)
+    try:
+        wanted = check_logits(answers(Fed(net, dtype), x), len(x))
+    except (RuntimeError, TypeError, IndexError, AttributeError, NotImplementedError) as e:
+        why = f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}" if str(e) else repr(e)
+        raise ValueError(f"model fails on images {tuple(x.shape)} {dtype}: {why}") from e
+
+    def same(other, last):
+        try:
+            return agree(wanted, answers(Fed(other, dtype, last), x))
+        except RuntimeError:  # such as .view of what is stored otherwise
+            return False
+
+    folded = net if isinstance(net, torch.jit.ScriptModule) else fold_batchnorm(net)
+    if same(folded, False):
+        net = folded
+    else:
+        warnings.warn("BatchNorm is not folded: the folded copy has other logits", stacklevel=3)
+    last = stored_last(net)
+    return Fed(last, dtype, True) if last and same(last, True) else Fed(net, dtype)

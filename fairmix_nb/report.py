@@ -9,6 +9,7 @@ __all__ = ['ONE_STEP', 'REASONS', 'WEAK', 'STYLE', 'CLEAN', 'STEP', 'STRONG', 'S
 
 # %% ../nbs/12_report.ipynb #d1a19b7c
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 # %% ../nbs/12_report.ipynb #618f3a0f
 from .attacks import Threat, attack_by_name, one_of, patch
 from .data import ImageSet
-from .models import fold_batchnorm
+from .models import as_attacked
 from .records import SCHEMA, progress_bar, read_record, write_aside
 from .risk import class_counts, classwise_risk, cvar, exact_interval, gini, nsd
 from .risk import pack_flags
@@ -41,16 +42,19 @@ def attack_errors(
     "Which images each attack breaks; PGD keeps its best iterate, BatchNorm is in evaluation mode"
     threat = threat if isinstance(threat, Threat) else Threat(threat)
     plan = {name: attack_by_name(name) for name in attacks}
-    net = fold_batchnorm(model).to(memory_format=torch.channels_last)
+    net = as_attacked(model, images.floats(torch.arange(min(len(images), 16))))
     generator = torch.Generator(images.x.device).manual_seed(seed)
     wrong = {name: [] for name in attacks}
     chunks = torch.arange(len(images), device=images.x.device).split(batch)
     for idx in progress_bar(chunks, progress, unit="batch", leave=False):
-        x, y = images.floats(idx).contiguous(memory_format=torch.channels_last), images.y[idx]
+        x, y = images.floats(idx), images.y[idx]
         for name, attack in plan.items():
             z = attack(net, x, y, threat, generator=generator, check=False)
             with torch.no_grad():
-                wrong[name].append(net(z).argmax(1) != y)
+                logits = net(z)
+            if not logits.isfinite().all():
+                warnings.warn(f"logits under {name} are no numbers: not counted", stacklevel=2)
+            wrong[name].append((logits.argmax(1) != y) & logits.isfinite().all(1))
     return {name: torch.cat(parts) for name, parts in wrong.items()}
 
 # %% ../nbs/12_report.ipynb #7b552119
@@ -290,7 +294,9 @@ def one_step_signs(
 REASONS = {
     "label leaking": ("order", "labels"),
     "overfitting to one step": ("one step", "step sweep", "alignment"),
-    "gradient masking": ("strongest", "grey", "transfer", "zero gradient", "noise"),
+    "gradient masking": ("strongest", "grey", "transfer", "zero gradient", "noise", "numbers"),
+    "probabilities in the place of logits": ("outputs",),
+    "a randomised network": ("dice",),
     "inputs in other units than the model was made for": ("units",),
     "logits that depend on the other images of a batch": ("neighbours",),
     "points outside the valid range": ("valid range",),
