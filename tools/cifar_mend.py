@@ -32,7 +32,7 @@ def with_validation(data: Data, per_class=HELD_OUT) -> Data:
     rank = rank_in_class(data.train.y.numpy(), np.random.RandomState(data.seed))
     taken, kept = (data.train.subset(np.flatnonzero(m)) for m in (rank < missing, rank >= missing))
     val = replace(data.val, x=torch.cat([data.val.x, taken.x]), y=torch.cat([data.val.y, taken.y]))
-    return replace(data, train=kept, val=val, split=data.split | dict(val_per_class=per_class))
+    return replace(data, train=kept, val=val, split=data.split | dict(train=len(kept), val=len(val)))
 
 
 def recipe(epochs, seed):
