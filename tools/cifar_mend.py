@@ -10,13 +10,11 @@ names a folder with train/ and test/ of class folders, or 'cifar10' (torchvision
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from fairmix_nb.data import Data, load, rank_in_class
+from fairmix_nb.data import load
 from fairmix_nb.methods import FAST, TrainCfg
 from fairmix_nb.models import build
 from fairmix_nb.runs import checkpoints
@@ -24,15 +22,6 @@ from fairmix_nb.train import fit, resume
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = 300  # training images a class
-
-
-def with_validation(data: Data, per_class=HELD_OUT) -> Data:
-    "The same data with `per_class` validation images: those missing are taken out of training."
-    missing = per_class - min(data.val.counts())
-    rank = rank_in_class(data.train.y.numpy(), np.random.RandomState(data.seed))
-    taken, kept = (data.train.subset(np.flatnonzero(m)) for m in (rank < missing, rank >= missing))
-    val = replace(data.val, x=torch.cat([data.val.x, taken.x]), y=torch.cat([data.val.y, taken.y]))
-    return replace(data, train=kept, val=val, split=data.split | dict(train=len(kept), val=len(val)))
 
 
 def recipe(epochs, seed):
@@ -62,7 +51,7 @@ def main():
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "mend")
     args = p.parse_args()
     torch.set_num_threads(1)
-    data = with_validation(load(args.data, 0, progress=False))
+    data = load(args.data, 0, val_per_class=HELD_OUT, progress=False)
     for seed in range(args.seeds):
         train(data, args.epochs, seed, args.runs / f"nfgsm{args.epochs}-s{seed}")
 
