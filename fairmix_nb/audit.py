@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STANDARD', 'DIAGNOSIS', 'SETTING', 'chunks_of', 'standard_attacks', 'check_plan', 'check_model', 'gradients_each',
-           'duration', 'price_of', 'audit', 'PairedReports', 'setting_of', 'compare_reports', 'as_trained',
+           'duration', 'price_of', 'audit', 'PairedReports', 'setting_of', 'compare_reports', 'check_same',
            'audit_checkpoint']
 
 # %% ../nbs/18_audit.ipynb #4077e4c3
@@ -35,7 +35,7 @@ from .records import tensor_digest, write_aside
 from .report import SWEEP, Outcome, columns, short
 from .risk import Paired, class_counts, classwise_risk, mcnemar, pack_flags
 from .risk import paired_bootstrap, worst_class, worst_difference
-from .runs import checkpoint_file, load_model, read_weights
+from .runs import as_trained, load_model, read_weights
 
 # %% ../nbs/18_audit.ipynb #3f08a430
 def pairs_of(
@@ -413,10 +413,11 @@ def config_of(plan):
 
 
 @torch.no_grad()
-def identity(model, net, x):
+def identity(model, net, x, seed):
     "The weights' digest, and of some images two mixtures of the logits: another model's differ."
     state = getattr(model, "state_dict", dict)()
-    logits = net(x[spread_over(len(x), 16)]).double().cpu()
+    with dice(seed, x.device):
+        logits = net(x[spread_over(len(x), 16)]).double().cpu()
     mixed = (
         logits
         @ torch.randn(logits.shape[1], 2, generator=torch.Generator().manual_seed(0)).double()
@@ -472,6 +473,14 @@ def judged(model, net, chunks, plan, journal, header, bar, diagnose, surrogate, 
         outcome.save(out)
     return outcome
 
+
+def names_of(data, classes, n_cls):
+    "The names of the classes, one for each logit."
+    given = getattr(data, "classes", range(n_cls)) if classes is None else classes
+    if len(given) != n_cls:
+        raise ValueError(f"classes must name the {n_cls} logits of the model, got {len(given)}")
+    return [str(c) for c in given]
+
 # %% ../nbs/18_audit.ipynb #d3698d61
 def audit(
     model: Callable,  # logits `(n, C)` for x in [0, 1]; a module is copied, never changed
@@ -498,18 +507,12 @@ def audit(
     "Attack every test image and report class by class: raw and worst-case risk, and a diagnosis"
     threat = eps if isinstance(eps, Threat) else Threat(eps, norm, box)
     device, out = pick_device(device), out and Path(out)
-    plan = dict(threat=threat, attacks=attacks, sweep=sweep, batch=batch, seed=seed, device=device)
     check_options(eot, quantise, save_images, threat, out)
-    plan.update(eot=eot, quantise=quantise)
+    plan = dict(threat=threat, attacks=attacks, sweep=sweep, batch=int(batch), seed=int(seed))
+    plan.update(device=device, eot=int(eot), quantise=quantise)
     net, x, chunks, n_cls, plan = ready(model, data, plan)
-    names = [
-        str(c) for c in (getattr(data, "classes", range(n_cls)) if classes is None else classes)
-    ]
-    if len(names) != n_cls:
-        raise ValueError(f"classes must name the {n_cls} logits of the model, got {len(names)}")
-    header = dict(schema=SCHEMA, kind="audit", config=config_of(plan), classes=names)
-    with dice(seed, device):
-        header.update(identity(model, net, x))
+    header = dict(schema=SCHEMA, kind="audit", config=config_of(plan))
+    header.update(classes=names_of(data, classes, n_cls), **identity(model, net, x, plan["seed"]))
     journal = Journal(out and out / "journal.jsonl", header, resume, close=("logits",))
     plan["keep"] = Images(out / "images") if save_images else None
     bar = priced(net, x, plan, size_of(data), diagnose, progress)
@@ -590,17 +593,21 @@ def compare_reports(
     return PairedReports(tuple(rows), worst, wide, boot(lambda r: np.nanmean(r, -1)), len(a))
 
 # %% ../nbs/18_audit.ipynb #eabefd4f
-def as_trained(
-    path: str | Path,  # a checkpoint, or its folder
-) -> dict:  # size, per_class, test_per_class of `load`; {} where there is no record
-    "How the run that wrote a checkpoint loaded its images, by the checkpoint or its record"
-    record, found = checkpoint_file(path).parent / "record.json", read_weights(path)[1]
-    try:
-        split = found.get("split") or json.loads(record.read_text())["data"]["split"]
-        keys = ("size", "per_class", "test_per_class") if split["rule"] == "thirds" else ("size",)
-        return {k: split[k] for k in keys}
-    except (OSError, ValueError, KeyError, TypeError):
-        return dict(size=tuple(found["shape"][1:])) if "shape" in found else {}
+def check_same(path, found, images, data):
+    "Refuse images that are not those of the run: others, other classes, another shape."
+    test = images.test
+    names, shape = list(test.classes), list(test.x.shape[1:])
+    if found.get("classes", names) != names:
+        differ = ", ".join(sorted(set(found["classes"]) ^ set(names))) or "their order"
+        raise ValueError(f"{path} was trained on other classes than {data} has: {differ} differ")
+    if found.get("shape", shape) != shape:
+        got = f"{found['shape']} then, {shape} now (c, h, w)"
+        raise ValueError(f"{path} was trained on images of another shape, got {got}: give size")
+    if images.split["rule"] == "thirds" and found.get("data", images.digest()) != images.digest():
+        raise ValueError(
+            f"{path} was trained on data with digest {found['data']}, got "
+            f"{images.digest()}: test images may be among those it was trained on"
+        )
 
 
 def audit_checkpoint(
@@ -623,20 +630,10 @@ def audit_checkpoint(
     images = load(data, cfg.get("seed", 0), **given)
     test, shape = images.test, (images.test.n_cls, images.test.x.shape[1])
     model, found = load_model(path, *shape, name)
-    if images.split["rule"] == "thirds" and found.get("data", images.digest()) != images.digest():
-        raise ValueError(
-            f"{path} was trained on data with digest {found['data']}, got "
-            f"{images.digest()}: test images may be among those it was trained on"
-        )
+    check_same(path, found, images, data)
     eps = cfg.get("eps") if eps is None else eps
     if eps is None:
         raise ValueError("eps must be given: the checkpoint names no radius")
-    if found.get("classes", list(test.classes)) != list(test.classes):
-        names = ", ".join(sorted(set(found["classes"]) ^ set(test.classes))) or "their order"
-        raise ValueError(f"{path} was trained on other classes than {data} has, got {names} differ")
-    if found.get("shape", list(test.x.shape[1:])) != list(test.x.shape[1:]):
-        got = f"{found['shape']} then, {list(test.x.shape[1:])} now (c, h, w)"
-        raise ValueError(f"{path} was trained on images of another shape, got {got}: give size")
     if test_per_class is not None:
         test = each_class(test, test_per_class, "test_per_class")
     other = None if surrogate is None else load_model(surrogate, *shape)[0]

@@ -183,6 +183,7 @@ def compare(
     mapped = mapper(workers, gpus_per_run, device, progress)
     model, device = model or base[0], "cuda" if gpus_per_run else pick_device(device)
     check_call(seeds, attacks, model)
+    seeds = tuple(map(int, seeds))
     part = partial(part_of, data, progress, load_kw)
     first, notes = part(seeds[0]), []
     cfg = cfg or fitting(base[1], len(first.train), notes)
@@ -226,7 +227,7 @@ def check_call(seeds, attacks, model):
     for what, values in dict(seeds=list(seeds), attacks=list(attacks)).items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{what} must be at least one and all different, got {values}")
-    if any(not isinstance(s, int) or s < 0 for s in seeds):
+    if any(not isinstance(s, (int, np.integer)) or s < 0 for s in seeds):
         raise ValueError(f"seeds must be integers >= 0, got {tuple(seeds)}")
     strength = [attack_by_name(a).strength for a in attacks]
     if strength != sorted(strength):

@@ -225,7 +225,7 @@ def each_class(
     kept = rank_in_class(images.y.cpu().numpy(), _rng("subset")) < most
     return images.subset(torch.from_numpy(np.flatnonzero(kept)).to(images.y.device))
 
-
+# %% ../nbs/10_data.ipynb #c027x891073
 def make_data(
     whole: ImageSet,  # everything, or the official training part
     name: str,  # for the record
@@ -509,14 +509,12 @@ def _folder(folder, size, progress):
             f"{folder} has train/ and must have test/ too, got none: "
             f"pass {folder / 'train'} to cut a test part out of it"
         )
-    names, paths = [], {}
-    for part in ("train", "test"):
-        classes, files, _ = list_images(folder / part, lambda said: None)
-        names.append(classes)
-        paths[part] = {os.path.realpath(folder / part / f): f for f in files}
-    both = paths["train"].keys() & paths["test"].keys()
-    if both:
-        got = f"{len(both)} in both, such as {min(both)}"
+    parts = [(folder / p, *list_images(folder / p, str)[:2]) for p in ("train", "test")]
+    names = [classes for _, classes, _ in parts]
+    # a file's number and disk are the same behind every link to it
+    real = [{os.stat(p / f)[1:3]: f for f in files} for p, _, files in parts]
+    if both := real[0].keys() & real[1].keys():
+        got = f"{len(both)} in both, such as {min(real[0][k] for k in both)}"
         raise ValueError(f"train/ and test/ of {folder} must not share images, got {got}")
     if names[0] != names[1]:
         raise ValueError(

@@ -274,6 +274,7 @@ class Run:
     seconds: float = 0.0  # of training so far
     curves: list = field(default_factory=list)  # a dict per epoch
     table: ClassTable | None = None  # partners from the whole set, made when first asked for
+    layout: torch.memory_format = torch.channels_last  # of the images of a step
 
     def __post_init__(self):
         self.net = self.net or self.model
@@ -296,7 +297,7 @@ def batch(
 ) -> tuple:  # `(n, c, h, w)` in [0, 1], labels `(n,)`
     "The images of a step, augmented as the recipe says"
     x = as_floats(augment(self.images.x[idx], self.cfg.augment, self.streams["augment"]))
-    return x.contiguous(memory_format=torch.channels_last), self.images.y[idx]
+    return x.contiguous(memory_format=self.layout), self.images.y[idx]
 
 
 @patch

@@ -255,6 +255,13 @@ def _as_weights(lam, x):
     return torch.stack((lam, 1 - lam), 1) if lam.ndim == 1 else lam
 
 
+def _check_x(x):
+    "Refuse what is no batch."
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a floating tensor of shape (n, ...), got {got}")
+
+
 def same_class_mixup(
     x: Tensor,  # `(n, ...)` floating
     y: Tensor,  # `(n,)` labels 0..n_cls-1
@@ -263,8 +270,7 @@ def same_class_mixup(
     generator: torch.Generator,  # the source of randomness, on the device of `y`
 ) -> Tensor:  # `(n, ...)`; sample i keeps its place, its class and its label `y[i]`
     "Mix every sample with random others of its class in the batch - eq. (9)"
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x))}")
+    _check_x(x)
     _check_labels(y, n_cls)
     if len(x) != len(y):
         raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
@@ -305,6 +311,7 @@ class SameClassMixup:
         y: Tensor,  # `(n,)` labels 0..n_cls-1
     ) -> tuple:  # the mixed `(n, ...)` and the very same `y`
         "A mixed batch with its hard labels - eq. (9)"
+        _check_x(x)
         g = _of_this_worker(self.generator)
         if g is None:
             g = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, ())))

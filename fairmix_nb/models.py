@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'MODELS', 'Normalize', 'first_layer', 'Quarters', 'kaiming', 'small_cnn', 'conv_bn',
            'Subsample', 'projection', 'Block', 'resnet', 'resnet20', 'resnet18', 'n_params', 'build', 'fold_pair',
-           'copied', 'fold_batchnorm', 'LogitsOnly', 'as_attacked']
+           'copied', 'fold_batchnorm', 'LogitsOnly', 'dice', 'as_attacked']
 
 # %% ../nbs/11_models.ipynb #044a7d42
 import contextlib
@@ -333,7 +333,7 @@ class LogitsOnly(nn.Module):
             out = p.log() if softmax else p.log() - torch.log1p(-out).clamp_min(-100)
         return torch.cat([torch.zeros_like(out), out], 1) if out.shape[1] == 1 else out
 
-# %% ../nbs/11_models.ipynb #c050x139383
+# %% ../nbs/11_models.ipynb #c052x605196
 @contextlib.contextmanager
 def dice(
     seed: int,  # of everything that a network may draw from, inside the block
@@ -344,7 +344,7 @@ def dice(
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        random.seed(seed)
+        random.seed(int(seed))
         np.random.seed(seed % 2**32)
         try:
             yield
@@ -352,7 +352,7 @@ def dice(
             random.setstate(python)
             np.random.set_state(numpy)
 
-
+# %% ../nbs/11_models.ipynb #c050x139383
 class Fed(nn.Module):
     "A network fed in its own precision and memory order, answering in single precision or better."
 
@@ -398,6 +398,19 @@ def stored_last(net):
     if isinstance(net, torch.jit.ScriptModule) or any(p.ndim > 4 for p in net.parameters()):
         return None
     return copied(net).to(memory_format=torch.channels_last)
+
+
+def layout_of(model, x):
+    "The memory order in which a network may be trained: channels last, unless it says no."
+    last = stored_last(model)
+    try:
+        same = last is not None and agree(
+            answers(copied(model), x),
+            answers(last, x.contiguous(memory_format=torch.channels_last)),
+        )
+    except (RuntimeError, AttributeError):  # such as .view of what is stored otherwise
+        same = False
+    return torch.channels_last if same else torch.contiguous_format
 
 # %% ../nbs/11_models.ipynb #c053x219036
 def as_attacked(

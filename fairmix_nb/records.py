@@ -15,6 +15,7 @@ import platform
 import subprocess
 import warnings
 from collections.abc import Callable, Iterable
+from operator import eq
 from pathlib import Path
 
 import numpy as np
@@ -105,19 +106,16 @@ class Journal:
         lines = whole[: whole.rfind("\n") + 1].splitlines()  # a line cut by a crash is dropped
         try:
             first, *rest = [json.loads(line) for line in lines]
-        except ValueError as e:
+            first = dict(first)
+        except (TypeError, ValueError) as e:
             raise ValueError(f"{self.path} is not a journal: {e}") from None
-        first = first if isinstance(first, dict) else {}
-        differ = [k for k in header if not self._same(k, first.get(k), header[k])]
+        same = {k: same_numbers if k in self.close else eq for k in header}
+        differ = [k for k in header if not same[k](first.get(k), header[k])]
         if differ:
-            names = ", ".join(differ)
-            raise ValueError(f"{self.path} is of another {self.what}: {names} differ")
+            raise ValueError(f"{self.path} is of another {self.what}: {', '.join(differ)} differ")
         if len(whole) > whole.rfind("\n") + 1:
             write_aside(self.path, "\n".join(lines) + "\n")
         self.done = {key: value for key, value in rest}
-
-    def _same(self, key, then, now):
-        return same_numbers(then, now) if key in self.close else then == now
 
     def run(self, key: str, work: Callable):
         "The result kept under `key`, or else that of `work()`, kept from now on"

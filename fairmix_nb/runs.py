@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'WRAPPED', 'MOVED', 'CURES', 'ALL', 'HELD', 'bare', 'state_of', 'Damaged', 'tensors_in', 'verified',
            'read_checkpoint', 'split_cfg', 'checkpoints', 'load_checkpoint', 'restore', 'run_folder', 'curves_csv',
-           'Keeper', 'checkpoint_file', 'read_weights', 'read_start', 'load_model']
+           'Keeper', 'checkpoint_file', 'read_weights', 'read_start', 'load_model', 'as_trained']
 
 # %% ../nbs/15_runs.ipynb #bab8a49c
 import contextlib
@@ -463,3 +463,16 @@ def load_model(
         f"{path} must fit {name or 'one of ' + ', '.join(MODELS)} with {in_ch} "
         f"channels and {n_cls} classes, got tensors {', '.join(list(weights)[:3])} ..."
     )
+
+
+def as_trained(
+    path: str | Path,  # a checkpoint, or its folder
+) -> dict:  # size, per_class, test_per_class of `load`; {} where there is no record
+    "How the run that wrote a checkpoint loaded its images, by the checkpoint or its record"
+    record, found = checkpoint_file(path).parent / "record.json", read_weights(path)[1]
+    try:
+        split = found.get("split") or json.loads(record.read_text())["data"]["split"]
+        keys = ("size", "per_class", "test_per_class") if split["rule"] == "thirds" else ("size",)
+        return {k: split[k] for k in keys}
+    except (OSError, ValueError, KeyError, TypeError):
+        return dict(size=tuple(found["shape"][1:])) if "shape" in found else {}

@@ -25,7 +25,7 @@ from .data import Data, ImageSet, batches, spread_subset
 from .methods import Method, Run, TrainCfg, alignment, describe, described
 from .methods import learning_rate, make_streams, method_of
 from .records import digest, pick_device, progress_bar
-from .models import check_logits, copied, dice, fold_batchnorm
+from .models import check_logits, copied, dice, fold_batchnorm, layout_of
 from .report import attack_errors, outcome_of
 from .runs import Keeper, differences, load_checkpoint, read_start, restore, run_folder
 
@@ -74,10 +74,12 @@ class Alone:
 # %% ../nbs/16_train.ipynb #4d087ecc
 def new_run(model, data, cfg, ranks, device):
     "The run before its first step, and the validation images it is watched on"
-    model = model.to(device, memory_format=torch.channels_last)
-    val = data.val.to(device)
+    inner, val = getattr(model, "_orig_mod", model), data.val.to(device)  # of torch.compile
+    layout = layout_of(inner.to(device), val.floats(torch.arange(1)))
+    if layout == torch.channels_last:
+        inner.to(memory_format=layout)
     run = Run(
-        getattr(model, "_orig_mod", model),  # of torch.compile
+        inner,
         cfg,
         ranks.part(data.train).to(device),
         val,
@@ -85,6 +87,7 @@ def new_run(model, data, cfg, ranks, device):
         tuple(data.train.counts()),
         net=model,
         optimizer=make_optimizer(model, cfg),
+        layout=layout,
     )
     return run, spread_subset(val, min(500, 50 * val.n_cls))
 

@@ -4,16 +4,23 @@ input is never changed."""
 import copy
 import hashlib
 import json
+import math
 import random
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fairmix_nb.attacks import Threat, attack_by_name
+from fairmix_nb.audit import audit
 from fairmix_nb.cli import main
 from fairmix_nb.data import load
+from fairmix_nb.mixup import SameClassMixup
 from fairmix_nb.records import digest as sha256_of
+from fairmix_nb.risk import exact_interval
 from fairmix_nb.runs import CHECKPOINT, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,3 +276,153 @@ def test_any_command_line_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys
         code = e.code
     assert code in (0, 2), argv
     assert code == 0 or said(capsys)
+
+
+# ---- ten thousand arguments of the right kind and of odd values
+
+
+NUMBERS = [0, 1, -1, 0.1, 8 / 255, 1.5, 1e-30, 1e30, math.nan, math.inf, -0.0, True, 10**9]
+NUMBERS += [np.float32(0.1), np.float64(0.3), np.int64(3), np.int32(0), np.bool_(True)]
+SHAPES = [(4, 1, 3, 3), (1, 1, 3, 3), (4, 2), (0, 2), (4,), (), (4, 1, 3, 3, 1), (2, 3, 1, 1)]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.long]
+SENTENCES = (ValueError, OSError, RuntimeError, FloatingPointError)
+
+
+def number(rng):
+    return rng.choice(NUMBERS)
+
+
+def tensor(rng):
+    "Mostly images, now and then something else."
+    shape = rng.choice(SHAPES) if rng.random() < 0.3 else SHAPES[0]
+    t = torch.rand(shape, generator=torch.Generator().manual_seed(rng.randrange(99)))
+    if rng.random() < 0.3 and t.numel():
+        bad = rng.choice([math.nan, math.inf, -1.0, 1 + 1e-7, 1.001, 300.0])
+        t.view(-1)[rng.randrange(t.numel())] = bad
+    return t.to(rng.choice(DTYPES) if rng.random() < 0.2 else torch.float32)
+
+
+def labels(rng):
+    n = 4 if rng.random() < 0.8 else rng.randrange(6)
+    y = torch.randint(-1 if rng.random() < 0.1 else 0, 3, (n,))
+    return y.to(rng.choice(DTYPES)) if rng.random() < 0.1 else y
+
+
+def odd_models(x):
+    "Logits of three classes, or what is none."
+    z = x.flatten(1).float() if x.ndim > 1 else x
+    w = torch.linspace(-1, 1, z.shape[-1] * 3).view(-1, 3)
+    return z @ w
+
+
+MODELS = [
+    odd_models,
+    lambda x: odd_models(x).detach(),
+    lambda x: odd_models(x) * math.nan,
+    lambda x: odd_models(x)[:, :1],
+    lambda x: odd_models(x)[:, 0],
+    lambda x: (odd_models(x), 1),
+    lambda x: dict(logits=odd_models(x)),
+    lambda x: odd_models(x).sqrt(),
+    lambda x: odd_models(x).softmax(1),
+    lambda x: odd_models(x) * 1e30,
+]
+NAMES = ["clean", "fgsm", "pgd-2", "pgd-1x3", "apgd-ce", "apgd-t", "pgd-0", "", "PGD", "fsgm", 3]
+
+
+def some_attack(rng):
+    threat = Threat(
+        number(rng), rng.choice(["linf", "l2", "l1"]), rng.choice([(0, 1), None, (1, 0)])
+    )
+    names = [rng.choice(NAMES[:5] if rng.random() < 0.8 else NAMES)]
+    x, y, net = tensor(rng), labels(rng), odd_models
+    g = torch.Generator().manual_seed(0)
+    z = attack_by_name(names[0])(net, x, y, threat, generator=g)
+    assert z.shape == x.shape
+    if threat.box:
+        assert threat.box[0] <= z.min() and z.max() <= threat.box[1]
+    if threat.norm == "linf" and x.isfinite().all():
+        assert (z.double() - x.double()).abs().max() <= threat.eps + 3e-3 * (
+            x.element_size() < 4
+        ) + 2e-6
+
+
+def some_audit(rng):
+    "Two of three are as they should be, but for one thing."
+    good = (torch.rand(4, 1, 3, 3), torch.tensor([0, 1, 2, 0]))
+    odd = [(tensor(rng), labels(rng)), [(tensor(rng), labels(rng))] * 2, iter([]), 3, None]
+    words = dict(data=good, eps=0.1, attacks=("clean", "fgsm"), model=odd_models)
+    others = dict(data=odd, eps=NUMBERS, attacks=[NAMES[:2], NAMES[1:3], [], NAMES[3:6], NAMES])
+    others.update(model=MODELS, norm=["linf", "l2", "L2"], sweep=[(), (1,), (0,), np.arange(1, 3)])
+    others.update(seed=[0, np.int64(1)], batch=[1, 3, np.int64(2), 0], eot=[1, 2, 0])
+    others.update(diagnose=[0, 4, 2], quantise=[False, True], classes=[None, "abc", ("a",)])
+    for name in rng.sample(list(others), rng.choice([1, 2, 3])):
+        words[name] = rng.choice(others[name])
+    found = audit(**words, progress=False, device="cpu")
+    assert 0 <= np.nanmin(found.risks()) and np.nanmax(found.risks()) <= 1 and str(found)
+
+
+def some_mixture(rng):
+    k, law = (
+        rng.choice([2, 3, 1, 0, 2.5, np.int64(2)]),
+        rng.choice(["uniform", number(rng), ("beta", 2, 2), (), ("no",)]),
+    )
+    x, y = tensor(rng), labels(rng)
+    z, same = SameClassMixup(rng.choice([3, 2, np.int64(3)]), law, k)(x, y)
+    assert z.shape == x.shape and same is y
+
+
+def some_interval(rng):
+    n, k = rng.randrange(1, 99), rng.randrange(0, 120)
+    low, high = exact_interval(k, n, rng.choice([0.95, 0.5, 1.5, 0, math.nan]))
+    assert 0 <= low <= k / n <= high <= 1
+
+
+def some_command(rng):
+    argv = rng.choice([["compare"], ["audit"], ["train"], ["show"], []])
+    try:
+        code = main(argv + rng.choices([w for w in WORDS if w != "/"], k=rng.randrange(1, 7)))
+    except SystemExit as e:
+        code = e.code
+    assert code in (0, 2)
+
+
+KINDS = {some_attack: 5000, some_audit: 1500, some_mixture: 2000, some_interval: 1000}
+KINDS[some_command] = 500
+
+
+def fuzzed(kind, n, seed=0):
+    "How many were done and how many refused; anything but a sentence is an error, with its seed."
+    done = refused = 0
+    for i in range(n):
+        rng = random.Random(f"{kind.__name__} {seed} {i}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                kind(rng)
+            done += 1
+        except SENTENCES as e:
+            assert len(str(e)) > 15, (i, repr(e))
+            refused += 1
+        except Exception as e:
+            raise AssertionError(f"{kind.__name__} {i}: {type(e).__name__}: {e}") from e
+    return done, refused
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_odd_arguments_are_done_or_refused(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fairmix_nb.compare.one_run", lambda *a, **k: {})
+    done, refused = fuzzed(kind, 40)
+    assert done >= 5 and done + refused == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_ten_thousand_odd_arguments_are_done_or_refused(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fairmix_nb.compare.one_run", lambda *a, **k: {})
+    done, refused = fuzzed(kind, KINDS[kind], seed=1)
+    with capsys.disabled():
+        print(f"\n{kind.__name__}: {done} done, {refused} refused")
+    assert done + refused == KINDS[kind]
