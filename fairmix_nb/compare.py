@@ -15,16 +15,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from tqdm import tqdm
 
 # %% ../nbs/20_compare.ipynb #da597052
 from .attacks import Threat, attack_by_name, one_of, patch
@@ -41,6 +34,14 @@ from .risk import worst_difference
 from .runs import checkpoints, curves_csv, load_checkpoint
 
 # %% ../nbs/20_compare.ipynb #a5b3049a
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
 from .train import fit
 from .train import resume as resume_fit
 
