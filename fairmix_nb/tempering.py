@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tempered_prior', 'fairness_path', 'law_threshold', 'price', 'tempered_priors', 'points_needed']
 
-# %% ../nbs/05_tempering.ipynb #c004x404634
+# %% ../nbs/05_tempering.ipynb #c004x729933
 from numbers import Real
 from warnings import catch_warnings, simplefilter
 
@@ -29,7 +29,7 @@ def tempered_prior(
     common_shape(g=g, p=np.empty(p.shape))
     return expit(g * log_odds(p) - np.log(p.sigma_neg) + np.log(p.sigma_pos))[()]
 
-# %% ../nbs/05_tempering.ipynb #c019x686739
+# %% ../nbs/05_tempering.ipynb #c019x883095
 def fairness_path(
     p: GaussianPair,  # the two classes
     gs: np.ndarray,  # variance factors in [0, 1]; 0 is the limit of equal risks
@@ -41,7 +41,7 @@ def fairness_path(
     g = np.maximum(gs, 1e-200)  # as good as 0
     return threshold(p, g, eps), optimal_risk(p, g, eps, 1.0)
 
-# %% ../nbs/05_tempering.ipynb #c027x406829
+# %% ../nbs/05_tempering.ipynb #c027x88752
 def _panels(law, a, b) -> tuple:
     "Factors and log-weights `(m, 16)` of Gauss's rule on the intervals [a, b] of x."
     node, weight = np.polynomial.legendre.leggauss(16)
@@ -81,7 +81,7 @@ def _law_nodes(law, v_max) -> tuple:
         a, b, old = a[~fine], b[~fine], new[:, ~fine]
     return tuple(np.concatenate(v) for v in zip(*kept))
 
-# %% ../nbs/05_tempering.ipynb #c029x623508
+# %% ../nbs/05_tempering.ipynb #c029x131859
 class _Mixture:
     "Factors g of log-weights: what is asked of Psi(v) = -log E[g^(-1/2) exp(-v/g)]."
 
@@ -109,7 +109,7 @@ class _Mixture:
         "log E[Phi(u / sqrt(g))] for an array u."
         return logsumexp(self.log_w + log_ndtr(u[..., None] / np.sqrt(self.g)), -1)
 
-# %% ../nbs/05_tempering.ipynb #c031x428846
+# %% ../nbs/05_tempering.ipynb #c031x564950
 def _roots(mix, L, at, ratio, ends) -> list:
     "Every factor y between the ends where the slope vanishes; at(y) = (strong, weak) margin."
 
@@ -158,7 +158,7 @@ def _path_roots(p, eps, mix, L) -> np.ndarray:
     more = _roots(mix, abs(L), at, ratio if L > 0 else 1 / ratio, ends) if L else []
     return np.array([low, high, *more])
 
-# %% ../nbs/05_tempering.ipynb #c033x258479
+# %% ../nbs/05_tempering.ipynb #c033x893765
 def law_threshold(
     p: GaussianPair,  # the two classes; arrays of problems broadcast
     law,  # of lambda, in any form that `mixup.as_law` takes
@@ -194,7 +194,7 @@ def _law_optimum(p, eps, mix) -> float:
         return -np.inf
     return np.inf if pos_wrong[i] > neg_right[i] else np.ldexp(t[i], k)
 
-# %% ../nbs/05_tempering.ipynb #c043x719375
+# %% ../nbs/05_tempering.ipynb #c043x809636
 def price(
     p: GaussianPair,  # the two classes
     g: float,  # variance factor in [0, 1]
@@ -221,7 +221,7 @@ def _price_integral(p, g, eps):
         rate = np.ldexp(many.sigma_neg, -k) / (np.sqrt(many.d) * Q) * L * -np.expm1(-rest * L)
         return (density * rate) @ weight * (1 - g) / 2
 
-# %% ../nbs/05_tempering.ipynb #c059x411381
+# %% ../nbs/05_tempering.ipynb #c059x46589
 def tempered_priors(
     priors: np.ndarray,  # `(C,)` frequencies of the classes, > 0
     g: float = 1.0,  # variance factor of the mixed data, in (0, 1]
@@ -243,7 +243,7 @@ def tempered_priors(
         log = log + (1 - g) / 2 * np.linalg.slogdet(covs)[1]
     return softmax(log)
 
-# %% ../nbs/05_tempering.ipynb #c067x17752
+# %% ../nbs/05_tempering.ipynb #c067x551687
 def points_needed(
     p: GaussianPair,  # the two classes
     g: float = 0.5,  # variance factor of the mixed data, in (0, 1]
