@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# %% ../nbs/18_audit.ipynb #c005x973170
 import numpy as np
 import torch
 from torch import Tensor

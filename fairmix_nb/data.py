@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# %% ../nbs/10_data.ipynb #c004x968510
 import numpy as np
 import torch
 from PIL import Image, ImageOps

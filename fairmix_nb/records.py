@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from operator import eq
 from pathlib import Path
 
+# %% ../nbs/09_records.ipynb #c004x77256
 import numpy as np
 import torch
 import torchvision
