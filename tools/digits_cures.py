@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fairmix_nb.mend import margins, mend_at, wrong_at
 
 from fairmix_nb.cures import CURES
 from fairmix_nb.data import load, spread_subset
-from fairmix_nb.mend import margins, mend_at, wrong_at
 from fairmix_nb.methods import METHODS, TrainCfg, describe
 from fairmix_nb.models import build
 from fairmix_nb.records import SCHEMA, provenance, write_aside
@@ -52,19 +52,23 @@ def trained(data, method, cfg, out=None, start=None):
     return fit(net, data, cfg, method, out=out, start_from=start, **kw)
 
 
-def matrices(net, images, threat):
-    "Margins of the images and of the images under attack, `(n, C)`."
-    x, y = images.floats(), images.y
-    return [margins(net, x, y, t, steps=STEPS) for t in (threat.scaled(0), threat)]
+def clean_margins(net, x, y):
+    "Margins without an attack `(n, C)`, as `margins` lays them out."
+    with torch.no_grad():
+        z = net(x).double().numpy()
+    own = z[np.arange(len(y)), y][:, None]
+    return np.where(y[:, None] == np.arange(z.shape[1]), np.inf, own - z)
 
 
 def judged(net, data, threat):
     "Flags of the test images in order of class, and the offsets."
-    images = spread_subset(data.test, len(data.test))
-    chosen = mend_at(matrices(net, data.val, threat)[1], data.val.y.numpy()).offsets
-    clean, attacked = matrices(net, images, threat)
-    pgd, y = attack_errors(net, images, threat, ("pgd-20",))["pgd-20"].numpy(), images.y.numpy()
-    flags = [wrong_at(clean, y, 0 * chosen), pgd, wrong_at(attacked, y, 0 * chosen)]
+    val, images = data.val, spread_subset(data.test, len(data.test))
+    x, y = images.floats(), images.y.numpy()
+    chosen = mend_at(margins(net, val.floats(), val.y, threat, steps=STEPS), val.y.numpy()).offsets
+    clean, none = clean_margins(net, x, y), np.zeros(data.test.n_cls)
+    attacked = margins(net, x, images.y, threat, steps=STEPS)
+    pgd = attack_errors(net, images, threat, ("pgd-20",))["pgd-20"].numpy()
+    flags = [wrong_at(clean, y, none), pgd, wrong_at(attacked, y, none)]
     flags += [wrong_at(m, y, chosen) for m in (clean, attacked)]
     return dict(flags=pack_flags(np.stack(flags)), offsets=chosen.round(4).tolist())
 
