@@ -155,9 +155,13 @@ def _rng(stream, seed=0):
 
 def n_val(
     n: np.ndarray,  # images a class
+    wanted: int | None = None,  # the same number for every class
 ) -> np.ndarray:
-    "Validation images a class: a tenth, at least 1, at most 100."
-    return np.clip(np.rint(np.asarray(n) / 10).astype(int), 1, 100)
+    "Validation images a class: those wanted, or a tenth, at least 1, at most 100."
+    n = np.asarray(n)
+    return (
+        np.clip(np.rint(n / 10).astype(int), 1, 100) if wanted is None else np.full_like(n, wanted)
+    )
 
 
 def split_index(
@@ -166,6 +170,7 @@ def split_index(
     *,
     thirds: bool = True,  # False: there is an official test part, so test comes back empty
     per_class: int | None = None,  # training images kept a class
+    val_per_class: int | None = None,  # validation images a class; None: see `n_val`
 ) -> dict:  # 'train', 'val', 'test' -> sorted index arrays
     "Three disjoint stratified parts; seeds 0, 1, 2 test each image exactly once."
     every = np.arange(len(y))
@@ -174,14 +179,14 @@ def split_index(
     if per_class is not None:
         kept = rank_in_class(y[pool], _rng("subset")) < per_class
         train, rest = pool[kept], pool[~kept]
-    want = n_val(np.bincount(y[pool]))
+    want = n_val(np.bincount(y[pool]), val_per_class)
     val = rest[rank_in_class(y[rest], _rng("val", seed)) < want[y[rest]]]
     if per_class is None:
         train = np.setdiff1d(pool, val)
     return dict(train=train, val=val, test=every[is_test])
 
 # %% ../nbs/10_data.ipynb #32f1962e
-def _check_counts(y, classes, thirds, per_class, part=""):
+def _check_counts(y, classes, thirds, per_class, val_per_class=None, part=""):
     "Every part needs an image of every class."
     n = np.bincount(y, minlength=len(classes))
     least, why = (3, "train, validation and test") if thirds else (2, "train and validation")
@@ -192,7 +197,12 @@ def _check_counts(y, classes, thirds, per_class, part=""):
                 f"one each for {why}, got {k}"
             )
     pool = n - -(-n // 3) if thirds else n
-    most = pool - n_val(pool)
+    if val_per_class is not None and not 1 <= val_per_class < pool.min():
+        raise ValueError(
+            f"val_per_class must lie in [1, {pool.min() - 1}], which leaves class "
+            f"{classes[pool.argmin()]!r} an image to train on, got {val_per_class}"
+        )
+    most = pool - n_val(pool, val_per_class)
     if per_class is not None and not 1 <= per_class <= most.min():
         raise ValueError(
             f"per_class must lie in [1, {most.min()}], the training images of class "
@@ -207,12 +217,14 @@ def make_data(
     *,
     test: ImageSet | None = None,  # the official test part, where there is one
     per_class: int | None = None,  # training images kept a class
+    val_per_class: int | None = None,  # validation images a class; None: see `n_val`
     test_per_class: int | None = None,  # test images kept a class
 ) -> Data:
     "Cut a set in train, validation and test."
     y, thirds = whole.y.numpy(), test is None
-    _check_counts(y, whole.classes, thirds, per_class)
-    index = split_index(y, seed, thirds=thirds, per_class=per_class)
+    _check_counts(y, whole.classes, thirds, per_class, val_per_class)
+    sizes = dict(per_class=per_class, val_per_class=val_per_class)
+    index = split_index(y, seed, thirds=thirds, **sizes)
     part = {k: whole.subset(torch.from_numpy(i)) for k, i in index.items()}
     test = part["test"] if thirds else test
     if test_per_class is not None:
@@ -484,22 +496,21 @@ def load(
     root: str | Path = "data",  # where torchvision keeps CIFAR-10
     size: int | tuple | None = None,  # resize to `(h, w)`; an int is a square
     per_class: int | None = None,  # training images kept a class, see `split_index`
+    val_per_class: int | None = None,  # validation images a class, instead of a tenth
     test_per_class: int | None = None,  # test images kept a class
     progress: bool = True,  # False: no bar
 ) -> Data:
     "Images as train, validation and test."
     seed, size = _whole("seed", seed, 0), _hw(size)
-    per_class = _whole("per_class", per_class)
-    test_per_class = _whole("test_per_class", test_per_class)
+    sizes = dict(per_class=per_class, val_per_class=val_per_class, test_per_class=test_per_class)
+    sizes = {name: _whole(name, value) for name, value in sizes.items()}
     named = isinstance(name_or_folder, str) and name_or_folder in SOURCES
     folder = Path(name_or_folder).expanduser()
     if not named and (name_or_folder == "" or not folder.is_dir()):
         one_of("data", str(name_or_folder), SOURCES, "a folder")
     whole, test = SOURCES[name_or_folder](root, size) if named else _folder(folder, size, progress)
     name = name_or_folder if named else folder.absolute().name
-    return make_data(
-        whole, name, seed, test=test, per_class=per_class, test_per_class=test_per_class
-    )
+    return make_data(whole, name, seed, test=test, **sizes)
 
 # %% ../nbs/10_data.ipynb #97ab1b23
 def batches(
