@@ -167,7 +167,10 @@ class FRL(Cure):
         natural, robust = run.val_risk("clean"), run.val_risk("pgd-20")
         excess = [r - r.mean() - self.slack for r in (natural, robust - natural)]
         s, rate = run.state, self.rate
-        n, b = (s["natural"] + rate * excess[0]).relu(), (s["boundary"] + 2 * rate * excess[1]).relu()
+        n, b = (
+            (s["natural"] + rate * excess[0]).relu(),
+            (s["boundary"] + 2 * rate * excess[1]).relu(),
+        )
         fit = (0.5 / (n.sum() + b.sum()).clamp_min(0.5)).clamp_max(1)
         n, b, m = n * fit, b * fit, s["margin"] + self.margin_rate * excess[1]
         run.state.update(natural=n, boundary=b, margin=m)
@@ -448,6 +451,7 @@ class ConfSR(Cure):
 # %% ../nbs/14_cures.ipynb #c046x265671
 def one_more(run, x, goal, z, size, loss=cross_entropy):
     "A projected step of an attack that has come to `z`, in the recipe's ball; counted"
+
     def counted(v):
         run.gradients += len(v)
         return run.model(v)
@@ -503,7 +507,9 @@ class SKG(Cure):
         own, radius = run.state["relaxed"][y][:, None], run.cfg.threat.of(x)
         hot = F.one_hot(y, run.n_cls)
         t = own * hot + (1 - own) * (1 - hot) / (run.n_cls - 1)
-        fresh = radius * torch.randn(x.shape, generator=run.streams["attack"], device=x.device).sign()
+        fresh = (
+            radius * torch.randn(x.shape, generator=run.streams["attack"], device=x.device).sign()
+        )
         moved = run.last.get("moved", fresh)
         start = x + (moved if len(moved) >= len(x) else fresh)[: len(x)]
         a = one_more(run, x, t, start, radius)
