@@ -526,7 +526,9 @@ class SKG(Cure):
         remember(run, relaxed=relaxed(1 - run.risk()))
 
 
-def relaxed(accuracy):
+def relaxed(
+    accuracy: Tensor,  # `(C,)`, clean, in [0, 1]
+) -> Tensor:  # `(C,)`
     "The label's share: the log of the accuracy, its sign dropped, between .3 and .9"
     return accuracy.log().abs().clamp(0.3, 0.9)
 
