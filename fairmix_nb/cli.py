@@ -43,7 +43,9 @@ def words(
 
 # %% ../nbs/21_cli.ipynb #5d37796d
 METHODS = ("natural", "mixup", "at", "attack_mix", "mix_attack", "any_mix")  # of plain `fairmix`
-MORE = ("self_mix", "trades", "ema", "gradalign")  # the others of `methods.METHODS`
+MORE = """self_mix trades ema gradalign fawa ccm cfa cfa_trades dafa frl faal codat variance wat
+cfol fairtat trix confsr bat skg adjusted balanced"""
+MORE = tuple(MORE.split())  # the others of `methods.METHODS`
 MODELS = ("small_cnn", "resnet20", "resnet18")
 COMMANDS = ("compare", "train", "audit", "show")
 
