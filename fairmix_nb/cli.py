@@ -59,7 +59,8 @@ def names_in(
 
 
 METHODS = ("natural", "mixup", "at", "attack_mix", "mix_attack", "any_mix")  # of plain `fairmix`
-MORE = tuple(name for name in names_in("methods.METHODS") if name not in METHODS)
+MORE = names_in("methods.METHODS") + names_in("cures.CURES")
+MORE = tuple(name for name in MORE if name not in METHODS)
 MODELS = names_in("models.MODELS")
 COMMANDS = ("compare", "train", "audit", "show")
 
