@@ -98,7 +98,7 @@ def tensors_in(
         raise Damaged(f"{path} is missing") from None
     except Exception as e:
         why = type(e).__name__
-        if found := re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(e)):
+        if found := re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", str(e)):
             why = f"it holds {found[1]}, and reading that may run foreign code: where you trust "
             why += "it, torch.load(weights_only=False) it once, save model.state_dict(), and "
             why += "NumPy's numbers as float or int"
