@@ -274,6 +274,10 @@ def check_run(model, data, cfg, precision):
                 if training and "more than 1 value per channel" in str(e):
                     continue  # BatchNorm over single pixels: two images are too few to ask
                 raise
+            except (RuntimeError, TypeError, IndexError) as e:
+                mode = "training" if training else "evaluation"
+                why = str(e).strip().splitlines()[-1]
+                raise ValueError(f"model fails in {mode} mode on {tuple(x.shape)}: {why}") from e
         try:
             check_logits(out, 2, data.train.n_cls)
         except ValueError as e:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Audit and train 25 architectures of torchvision, none of which knows this package.
 
-    python tools/architectures.py [nbs/results/architectures.json]
+    python tools/architectures.py [nbs/results/architectures.json]     goes on where it was
 
 Each network has random weights and running statistics that are not the initial ones. `audit` runs
 on four noisy images and is compared with a plain reference: the network itself, image by image, in
@@ -115,12 +115,15 @@ def examine(name):
 
 def main(path="nbs/results/architectures.json"):
     torch.set_num_threads(1)
-    rows, origin = [], provenance("cpu")
+    path, origin = Path(path), provenance("cpu")
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for name in NAMES:
+        if name in [r["name"] for r in rows]:
+            continue
         rows.append(examine(name))
         print({k: v for k, v in rows[-1].items() if k != "notes"}, file=sys.stderr, flush=True)
         record = dict(schema=SCHEMA, kind="architectures", provenance=origin, rows=rows)
-        write_aside(Path(path), json.dumps(record, indent=1))
+        write_aside(path, json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
