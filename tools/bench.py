@@ -800,7 +800,7 @@ def block_audit(rounds, tiny):
         how = dict(norm="Linf", eps=eps, version="custom", device="cpu", verbose=False)
         judge = AutoAttack(net, **how)
         judge.attacks_to_run, judge.seed = ["apgd-ce", "apgd-t"], 0
-        z = judge.run_standard_evaluation(x, y, bs=n)
+        z = judge.run_standard_evaluation(x, y, batch_size=n)[0]
         with torch.no_grad():
             left["pyautoattack"] = (net(z).argmax(1) == y).nonzero()[:, 0].tolist()
 
