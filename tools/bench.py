@@ -797,9 +797,10 @@ def block_audit(rounds, tiny):
     def theirs():
         from pyautoattack import AutoAttack
 
-        how = dict(norm="Linf", eps=eps, version="custom", device="cpu", verbose=False)
-        judge = AutoAttack(net, **how)
-        judge.attacks_to_run, judge.seed = ["apgd-ce", "apgd-t"], 0
+        judge = AutoAttack(
+            net, norm="Linf", eps=eps, seed=0, device="cpu"
+        )  # one restart, 9 targets
+        judge.attacks_to_run = ["apgd-ce", "apgd-t"]
         z = judge.run_standard_evaluation(x, y, batch_size=n)[0]
         with torch.no_grad():
             left["pyautoattack"] = (net(z).argmax(1) == y).nonzero()[:, 0].tolist()
