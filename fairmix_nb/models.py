@@ -423,7 +423,7 @@ def as_attacked(
     dtype = own_dtype(net, x.dtype)
     try:
         wanted = check_logits(answers(Fed(net, dtype), x), len(x))
-    except (RuntimeError, TypeError, IndexError, AttributeError, NotImplementedError) as e:
+    except (RuntimeError, TypeError, IndexError, AttributeError) as e:
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}" if str(e) else repr(e)
         raise ValueError(f"model fails on images {tuple(x.shape)} {dtype}: {why}") from e
 
