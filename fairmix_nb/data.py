@@ -215,7 +215,7 @@ def _check_counts(y, classes, thirds, per_class, val_per_class=None, part=""):
 
 # %% ../nbs/10_data.ipynb #70fc44fe
 def each_class(
-    images: ImageSet,
+    images: ImageSet,  # any order
     most: int,  # images to keep of every class
     what: str = "most",  # its name, for the message
 ) -> ImageSet:

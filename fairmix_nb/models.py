@@ -358,7 +358,7 @@ class Fed(nn.Module):
 
     def __init__(
         self,
-        net: nn.Module,
+        net: nn.Module,  # as it is
         dtype: torch.dtype = torch.float32,  # of its weights
         channels_last: bool = False,  # True: images `(n, c, h, w)` are stored so
     ):
