@@ -39,7 +39,9 @@ def make_optimizer(model, cfg):
     return torch.optim.SGD(model.parameters(), momentum=0.9, **words)
 
 # %% ../nbs/16_train.ipynb #ae9d8429
-def normalises(model):
+def normalises(
+    model: nn.Module,  # any
+) -> bool:
     "BatchNorm is somewhere in it: a single image has no statistics."
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
