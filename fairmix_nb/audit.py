@@ -642,7 +642,12 @@ def compare_reports(
     return PairedReports(tuple(rows), worst, wide, boot(lambda r: np.nanmean(r, -1)), len(a))
 
 # %% ../nbs/18_audit.ipynb #eabefd4f
-def check_same(path, found, images, data):
+def check_same(
+    path: str | Path,  # of the checkpoint
+    found: dict,  # its content
+    images: object,  # of `load`
+    data: str,  # their name or folder
+) -> None:
     "Refuse images that are not those of the run: others, other classes, another shape."
     test = images.test
     names, shape = list(test.classes), list(test.x.shape[1:])
