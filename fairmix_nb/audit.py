@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STANDARD', 'DIAGNOSIS', 'SETTING', 'chunks_of', 'InTurn', 'standard_attacks', 'check_plan', 'check_model',
            'gradients_each', 'duration', 'price_of', 'audit', 'PairedReports', 'setting_of', 'compare_reports',
-           'check_same', 'audit_checkpoint']
+           'audit_checkpoint']
 
 # %% ../nbs/18_audit.ipynb #4077e4c3
 import base64
@@ -642,12 +642,7 @@ def compare_reports(
     return PairedReports(tuple(rows), worst, wide, boot(lambda r: np.nanmean(r, -1)), len(a))
 
 # %% ../nbs/18_audit.ipynb #eabefd4f
-def check_same(
-    path: str | Path,  # of the checkpoint
-    found: dict,  # its content
-    images: object,  # of `load`
-    data: str,  # their name or folder
-) -> None:
+def _check_same(path, found, images, data):
     "Refuse images that are not those of the run: others, other classes, another shape."
     test = images.test
     names, shape = list(test.classes), list(test.x.shape[1:])
@@ -684,7 +679,7 @@ def audit_checkpoint(
     images = load(data, cfg.get("seed", 0), **given)
     test, shape = images.test, (images.test.n_cls, images.test.x.shape[1])
     model, found = load_model(path, *shape, name)
-    check_same(path, found, images, data)
+    _check_same(path, found, images, data)
     eps = cfg.get("eps") if eps is None else eps
     if eps is None:
         raise ValueError("eps must be given: the checkpoint names no radius")
