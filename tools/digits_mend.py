@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Train, mend and judge the digits networks of nbs/19_mend.ipynb: those that the record lacks.
 
-    python tools/digits_mend.py            # 2 methods x 5 shuffles x 3 folds -> nbs/results/digits_mend.json
+    python tools/digits_mend.py     # 2 methods x 5 shuffles x 3 folds -> nbs/results/digits_mend.json
 
 Offsets are chosen on 30 validation images a class, by margins; both networks are judged on the
-test part by PGD-20 and APGD-T. `train` is what the same choice would have seen on 30 training images
-a class instead; `radii` are risks at the test margins of other radii than that of the choice.
+test part by PGD-20 and APGD-T. `train` is what the same choice would have seen on 30 training
+images a class instead; `radii` are risks at the test margins of other radii than that of the
+choice.
 """
 
 import argparse
