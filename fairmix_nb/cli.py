@@ -86,6 +86,11 @@ def compare_arguments(a):
     a("--test-subset", type=int, metavar="N", help="keep N test images a class")
     a("--size", type=int, metavar="S", help="resize the images of a folder to S x S")
     a("--device", default="auto", help="auto, cpu or cuda")
+    a(
+        "--procs",
+        type=int,
+        help="runs at a time (default: as many as cores for tiny images, else 1)",
+    )
     a("--ray", action="store_true", help="runs as tasks of a Ray cluster (extra: ray)")
     a("--gpus-per-run", type=float, metavar="F", help="with --ray: .25 is four runs a GPU")
     a("--out", type=Path, help="new folder for the results (default: runs/DATA-TIME)")
@@ -105,6 +110,7 @@ def audit_arguments(a):
     a("--subset", type=int, metavar="N", help="training images a class (default: the run's)")
     a("--test-subset", type=int, metavar="N", help="attack N test images a class")
     a("--size", type=int, metavar="S", help="side of the images of a folder (default: the run's)")
+    a("--within", type=float, metavar="W", help="leave a class once it is known to W: .05")
     a("--batch", type=int, default=256, help="images at a time (default: 256)")
     a("--seed", type=int, default=0, help="of the random starts")
     a("--device", default="auto", help="auto, cpu or cuda")
@@ -208,13 +214,12 @@ def run_compare(args):
     known("model", [args.model] if args.model else [], MODELS)
     seeds, eps = whole("seeds", args.seeds), args.eps and parse_eps(args.eps)
     room = importlib.import_module("fairmix_nb.compare")
-    given = {k: v for k, v in dict(batch=args.batch, eps=eps).items() if v is not None}
-    cfg = None
-    if given or args.epochs is not None:
-        cfg = room.replace(room.preset(args.data, args.epochs)[1], **given)
+    given = dict(epochs=args.epochs, batch=args.batch, eps=eps)
+    cfg = {k: v for k, v in given.items() if v is not None}
     out = args.out or new_folder(Path(args.data).name)
     shared = dict(cfg=cfg, model=args.model, start_from=args.start_from, out=out)
-    shared.update(device=args.device, resume=args.resume, workers="ray" if args.ray else None)
+    workers = "ray" if args.ray else args.procs or "auto"
+    shared.update(device=args.device, resume=args.resume, workers=workers)
     shared.update(gpus_per_run=args.gpus_per_run, on_run=Progress())
     subset = dict(per_class=args.subset, test_per_class=args.test_subset, size=args.size)
     return room.compare(args.data, methods, seeds, **shared, **subset), out
@@ -260,7 +265,7 @@ def run_audit(args):
     names = args.attacks and [named(name).name for name in words(args.attacks)]
     attacks = names and tuple(names if "clean" in names else ["clean", *names])
     out = args.out or new_folder("audit")
-    same = ("norm", "surrogate", "size", "batch", "seed", "device", "resume")
+    same = ("norm", "surrogate", "size", "within", "batch", "seed", "device", "resume")
     given = {name: getattr(args, name) for name in same}
     given.update(per_class=args.subset, test_per_class=args.test_subset, name=args.model)
     audit_checkpoint = importlib.import_module("fairmix_nb.audit").audit_checkpoint

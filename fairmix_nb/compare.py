@@ -9,15 +9,15 @@ __all__ = ['preset', 'Plan', 'compare', 'Comparison', 'show']
 import contextlib
 import io
 import json
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
 
 # %% ../nbs/20_compare.ipynb #da597052
 from .attacks import Threat, attack_by_name, one_of, patch
@@ -34,6 +34,14 @@ from .risk import worst_difference
 from .runs import checkpoints, curves_csv, load_checkpoint
 
 # %% ../nbs/20_compare.ipynb #a5b3049a
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
 from .train import fit
 from .train import resume as resume_fit
 
@@ -149,11 +157,16 @@ def few_threads(data):
     "One thread where images are tiny: two spend their time waiting for each other."
     before = torch.get_num_threads()
     try:
-        if data.train.x[0, 0].numel() <= 256:
+        if tiny(data):
             torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def tiny(data):
+    "Digits: images so small that a step is over before a second thread has begun."
+    return data.train.x[0, 0].numel() <= 256
 
 # %% ../nbs/20_compare.ipynb #379ea684
 def compare(
@@ -161,31 +174,33 @@ def compare(
     methods: tuple | Mapping = SIX,  # see `named`
     seeds: tuple = (0, 1, 2),  # of weights, order and split; folds where there is no test part
     *,
-    cfg: TrainCfg | None = None,  # shared recipe; None: `preset`
+    cfg: TrainCfg | dict | None = None,  # shared recipe; a dict: `preset` with these changes
     model: str | Callable | None = None,  # of `MODELS`, or (n_cls, in_ch, seed) -> module
     attacks: tuple = ("clean", "fgsm", "pgd-20"),  # weak to strong, see `attack_by_name`
     start_from: str | Path | None = None,  # a checkpoint that every run begins with
     out: str | Path | None = None,  # folder of records, checkpoints, figure; None: keep nothing
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
     resume: bool = False,  # go on in `out`
-    workers: str | None = None,  # 'ray': runs as tasks of a Ray cluster; None: one after another
+    workers: int | str | None = None,  # processes, 'auto' or 'ray'; None: one run after another
     gpus_per_run: float | None = None,  # with Ray: .25 is four runs a GPU; None: 1, or 0 on 'cpu'
     progress: bool = True,  # show bars
     on_run: Callable | None = None,  # called with (runs done, of how many, the run's record)
     **load_kw,  # root, size, per_class, test_per_class of `load`
 ) -> "Comparison":
     "Train and attack several methods at equal budget: same images, order, first weights, steps"
-    methods, base = named(methods), preset(data.name if isinstance(data, Data) else str(data))
-    mapped = mapper(workers, gpus_per_run, device, progress)
-    model, device = model or base[0], "cuda" if gpus_per_run else pick_device(device)
+    methods, name = named(methods), data.name if isinstance(data, Data) else str(data)
+    mapper(workers, gpus_per_run, device, progress), recipe(name, cfg)  # refused before any work
+    model, device = model or preset(name)[0], "cuda" if gpus_per_run else pick_device(device)
     check_call(seeds, attacks, model)
     part = partial(part_of, data, progress, load_kw)
     first, notes = part(seeds[0]), []
-    cfg = cfg or fitting(base[1], len(first.train), notes)
+    cfg = recipe(name, cfg, len(first.train), notes)
     check_data(first, seeds, cfg, attacks)
     plan = Plan(
         cfg, methods, model, tuple(attacks), device, out and Path(out).resolve(), start_from
     )
+    workers = processes_for(workers, plan, first, len(seeds) * len(methods))
+    mapped = mapper(workers, gpus_per_run, device, progress, plan)
     record = new_record(first, seeds, plan, load_kw, notes)
     if out:
         open_folder(Path(out), record, resume)
@@ -206,13 +221,17 @@ def part_of(data, progress, load_kw, seed):
     return data if isinstance(data, Data) else load(data, seed, progress=progress, **load_kw)
 
 
-def fitting(cfg, n, notes):
-    "The recipe with a batch that fits `n` training images; a note where it had to be made smaller."
-    if cfg.batch <= n:
+def recipe(name, cfg, n=None, notes=()):
+    "The recipe as it is, or the preset with changes, its batch fitted to `n` images; a note of it."
+    if isinstance(cfg, TrainCfg):
         return cfg
+    changes = dict(cfg or {})
+    found = replace(preset(name, changes.pop("epochs", None))[1], **changes)
+    if n is None or "batch" in changes or found.batch <= n:
+        return found
     batch = 2 ** max(0, (n // 8).bit_length() - 1)
-    notes.append(f"batch {batch} instead of {cfg.batch}: there are {n} training images")
-    return replace(cfg, batch=batch)
+    notes.append(f"batch {batch} instead of {found.batch}: there are {n} training images")
+    return replace(found, batch=batch)
 
 
 def check_call(seeds, attacks, model):
@@ -290,15 +309,64 @@ def read_comparison(path):
     fields = dict(config=dict, data=dict, classes=list, runs=list)
     return read_record(path, "comparison", **fields)
 
+# %% ../nbs/20_compare.ipynb #c032x248999
+def process_map(n, plan, do, jobs):
+    "`map`, each job in one of `n` new Pythons with one thread; results in the order of the jobs."
+    check_home([*plan.methods.values(), plan.model])
+    others, fresh = multiprocessing.active_children(), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n, fresh, begin) as pool:
+        try:
+            with unheard():
+                runs = [pool.submit(do_quietly, do, *job) for job in jobs]
+            for run in runs:
+                yield run.result()
+        except BaseException as e:
+            for p in multiprocessing.active_children():
+                if p not in others:
+                    p.kill()
+            if isinstance(e, BrokenProcessPool):
+                says = "a process was ended from outside (is there enough memory?)"
+                raise RuntimeError(f"{says}; {kept_in(plan.out)}") from None
+            if isinstance(e, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"stopped; {kept_in(plan.out)}") from None
+            raise
+
+
+def begin():
+    "In a new process: one thread, and no lock that outlives it."
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+
+
+@contextlib.contextmanager
+def unheard():
+    "Processes that are started here do not hear Ctrl-C, which is for this one."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def kept_in(out):
+    "What an interruption leaves."
+    return f"finished runs and checkpoints are kept in {out}" if out else "nothing is kept"
+
 # %% ../nbs/20_compare.ipynb #b9768eea
-def mapper(workers, gpus_per_run, device, progress):
-    "A `map` over the runs of a grid: Python's own, or Ray's."
-    if workers not in (None, "ray"):
-        raise ValueError(f"workers must be None or 'ray', got {workers!r}")
-    if workers is None:
-        if gpus_per_run is not None:
-            raise ValueError(f"gpus_per_run needs workers='ray' (--ray), got {gpus_per_run}")
+def mapper(workers, gpus_per_run, device, progress, plan=None):
+    "A `map` over the runs of a grid: Python's own, one over processes, or Ray's."
+    if not (workers in (None, "auto", "ray") or isinstance(workers, int) and workers >= 1):
+        says = f"workers must be None, 'auto', 'ray' or a number of processes, got {workers!r}"
+        raise ValueError(says)
+    if workers != "ray" and gpus_per_run is not None:
+        raise ValueError(f"gpus_per_run needs workers='ray' (--ray), got {gpus_per_run}")
+    if workers in (None, 1, "auto"):
         return lambda do, jobs: (do(*job) for job in jobs)
+    if workers != "ray":
+        return partial(process_map, workers, plan)
     if gpus_per_run is not None and not 0 <= gpus_per_run < float("inf"):
         raise ValueError(f"gpus_per_run must be at least 0, got {gpus_per_run}")
     try:
@@ -308,6 +376,24 @@ def mapper(workers, gpus_per_run, device, progress):
     if gpus_per_run is None:
         gpus_per_run = 1 if pick_device(device) == "cuda" else 0
     return partial(ray_map, ray, gpus_per_run, progress)
+
+
+def processes_for(workers, plan, images, runs):
+    "For 'auto': a process for each processor where images are tiny and the work is worth it."
+    if workers != "auto":
+        return workers
+    every = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    worth = tiny(images) and plan.device == "cpu" and runs * plan.cfg.epochs >= 100
+    return min(len(every), runs) if worth else None
+
+
+def check_home(things):
+    "Refuse what a new Python would not find."
+    for what in things:
+        home = what if callable(what) else type(what)
+        if getattr(home, "__module__", "") == "__main__":
+            says = f"{home.__name__} must be in a module to be found by other processes"
+            raise ValueError(f"{says}: without workers it runs here")
 
 # %% ../nbs/20_compare.ipynb #1e42236f
 RETRIES = 3

@@ -9,6 +9,7 @@ __all__ = ['ONE_STEP', 'REASONS', 'WEAK', 'STYLE', 'CLEAN', 'STEP', 'STRONG', 'S
 
 # %% ../nbs/12_report.ipynb #d1a19b7c
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +22,9 @@ from .attacks import Threat, attack_by_name, one_of, patch
 from .data import ImageSet
 from .models import fold_batchnorm
 from .records import SCHEMA, progress_bar, read_record, write_aside
-from .risk import class_counts, classwise_risk, cvar, exact_interval, gini, nsd
-from .risk import pack_flags
-from .risk import risk_range, unpack_flags, worst_case, worst_class
-from .risk import worst_interval
-from .risk import summary as four_numbers
+from .risk import METRICS, class_counts, classwise_risk, exact_interval, metrics
+from .risk import pack_flags, sequential_interval, unpack_flags, worst_case
+from .risk import worst_class, worst_interval
 
 # %% ../nbs/12_report.ipynb #faf15747
 def attack_errors(
@@ -85,6 +84,12 @@ class Outcome:
         "What the adversary may do; None where the record does not say"
         config = self.record.get("config")
         return config and Threat(config["eps"], config["norm"], config["box"])
+
+    @property
+    def interval(self) -> Callable:
+        "From counts to an interval; where counting stopped early, one that may be stopped"
+        stopped = "within" in self.record.get("config", {})
+        return sequential_interval if stopped else exact_interval
 
     def __repr__(self):
         return f"Outcome({int(self.n.sum())} images, attacked by {', '.join(self.attacks)})"
@@ -158,7 +163,7 @@ def worst_of(
     "The worst class under the worst case of all attacks"
     p = outcome.risks()
     name = outcome.classes[int(np.nanargmax(p))]
-    return name, worst_class(p), *worst_interval(*outcome.counts())
+    return name, worst_class(p), *worst_interval(*outcome.counts(), interval=outcome.interval)
 
 
 Outcome.worst = property(worst_of)
@@ -188,14 +193,15 @@ def class_column(
     k: np.ndarray,  # errors `(C,)`
     n: np.ndarray,  # images `(C,)`
     p: np.ndarray,  # risks `(C,)`
+    interval: Callable = exact_interval,  # from (k, n, level)
 ) -> list:  # heading, a cell for each class, the worst class and its name
     "A risk and its exact 95 % interval for each class; for the worst class the simultaneous one"
-    low, high = exact_interval(k, n)
+    low, high = interval(k, n)
     body = []
     for i in range(len(n)):
         text = f"{short(p[i])} {short(low[i], 2)}-{short(high[i], 2)}"
         body.append(text if n[i] else "no images")
-    low, high = worst_interval(k, n)
+    low, high = worst_interval(k, n, interval=interval)
     worst = f"{short(worst_class(p))} {short(low, 2)}-{short(high, 2)}"
     return [name, *body, worst, classes[int(np.nanargmax(p))][:12]]
 
@@ -203,7 +209,7 @@ def class_column(
 def class_rows(
     title: str,  # of the first column
     classes: list,  # C names
-    parts: dict,  # heading -> errors `(C,)`, images `(C,)`, risks `(C,)`
+    parts: dict,  # heading -> errors `(C,)`, images `(C,)`, risks `(C,)`, perhaps the interval
 ) -> list:  # rows of text
     "Classes by columns: risk and exact 95 % interval; below, the worst class, simultaneous"
     names = [title, *(c[:12] for c in classes), "worst class", "its name"]
@@ -216,7 +222,7 @@ def rows(
     raw: bool = False,  # see `flags`
 ) -> list:  # rows of text
     "Classes by attacks"
-    parts = {a: (*self.counts(a, raw), self.risks(a, raw)) for a in self.attacks}
+    parts = {a: (*self.counts(a, raw), self.risks(a, raw), self.interval) for a in self.attacks}
     kind = "raw" if raw else "worst-case"
     return class_rows(f"{kind} risk, 95 %", self.classes, parts)
 
@@ -234,17 +240,9 @@ def spread_rows(
     parts: dict,  # heading -> risks `(C,)`
 ) -> list:  # rows of text
     "Average, spread and extremes over the classes"
-    seen = min(int((~np.isnan(p)).sum()) for p in parts.values())
-    k = min(3, seen)
-    rows = [["over the classes", *parts]]
-    for name in ("avg", "std", "min", "max"):
-        rows.append([name, *(short(four_numbers(p)[name]) for p in parts.values())])
-    for name, measure in {"range": risk_range, "Gini": gini}.items():
-        rows.append([name, *(short(measure(p)) for p in parts.values())])
-    rows.append([f"CVaR, {k} worst", *(short(cvar(p, k)) for p in parts.values())])
-    rows.append(["NSD", *(short(nsd(p)) for p in parts.values())])
-    gaps = [four_numbers(p)["max"] - four_numbers(p)["avg"] for p in parts.values()]
-    return [*rows, ["worst - avg", *map(short, gaps)]]
+    found = [metrics(p) for p in parts.values()]
+    rows = [[name, *(short(v[name]) for v in found)] for name in METRICS]
+    return [["over the classes", *parts], *rows]
 
 
 @patch
@@ -338,6 +336,14 @@ def never_right(
     return [c for c, wrong, all_ in zip(outcome.classes, k, n) if wrong == all_ > 0]
 
 
+def wider_than(r, within):
+    "The classes whose simultaneous interval stayed wider, as they ran out of images."
+    (k, n), seen = r.counts(), (r.n > 0).sum()
+    low, high = r.interval(k, n, 1 - 0.05 / seen)
+    found = [c for c, size, w in zip(r.classes, n, high - low) if size and w / 2 > within]
+    return f" (out of images before that: {', '.join(found)})" if found else ""
+
+
 def heading(r):
     "What was attacked, the worst class, what was never right, and the verdict."
     about = f"{int(r.n.sum())} images of {len(r.n)} classes"
@@ -348,6 +354,9 @@ def heading(r):
     lines = [about, f"worst class: {name}, risk {short(p)}, {interval}"]
     if lost := never_right(r):
         lines.append(f"wrong on every clean image: {', '.join(lost)}")
+    if within := r.record.get("config", {}).get("within"):
+        wide = wider_than(r, within)
+        lines.append(f"each class until known to {within:g} either way" + wide)
     checks = r.record.get("diagnosis")
     return [*lines, f"verdict: {verdict_of(checks, r.attacks)}"]
 
@@ -465,7 +474,7 @@ def plot(self: Outcome) -> plt.Figure:
     for i, attack in enumerate(shown):
         raw = attack != last
         (k, n), p = self.counts(attack, raw), self.risks(attack, raw)
-        low, high = exact_interval(k, n)
+        low, high = self.interval(k, n)
         ax.bar(
             np.arange(len(n)) + (i - (len(shown) - 1) / 2) * 0.25,
             np.nan_to_num(p),
@@ -537,7 +546,7 @@ def class_view(
 ) -> plt.Figure:
     "One class under one attack: its worst-case risk, and what its images are taken for"
     i, (k, n) = outcome.classes.index(name), outcome.counts(attack)
-    low, high = exact_interval(int(k[i]), int(n[i]))
+    low, high = outcome.interval(int(k[i]), int(n[i]))
     risk = f"{short(k[i] / max(n[i], 1))} [{short(low, 2)}, {short(high, 2)}]"
     fig, ax = canvas(4.5, 2.2)
     colors = [CLEAN if j == i else STRONG for j in range(len(n))]

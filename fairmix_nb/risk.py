@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'class_counts', 'classwise_risk', 'summary', 'worst_class', 'exact_interval', 'worst_interval',
-           'bootstrap_risks', 'Paired', 'paired_bootstrap', 'worst_difference', 'mcnemar', 'images_needed',
-           'risk_range', 'gini', 'cvar', 'nsd', 'rho', 'worst_three', 'metrics', 'worst_case', 'pack_flags',
-           'unpack_flags']
+           'sequential_interval', 'bootstrap_risks', 'Paired', 'paired_bootstrap', 'worst_difference', 'mcnemar',
+           'images_needed', 'risk_range', 'gini', 'cvar', 'nsd', 'rho', 'worst_three', 'metrics', 'worst_case',
+           'pack_flags', 'unpack_flags']
 
 # %% ../nbs/08_risk.ipynb #8b01b33c
 import base64
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import betaln, xlog1py, xlogy
 from scipy.stats import beta, binomtest, norm
 
 # %% ../nbs/08_risk.ipynb #3d87dd53
@@ -114,17 +115,23 @@ def worst_class(
     return _plain(np.nanmax(_risks(risks), -1))
 
 # %% ../nbs/08_risk.ipynb #6d3f86fa
+def _checked(k, n, level):
+    "Counts and a confidence as float arrays of one shape, or an error."
+    k, n, level = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (k, n, level)))
+    if not ((level > 0) & (level < 1)).all():
+        raise ValueError(f"level must lie in (0, 1), got {level.min():g} to {level.max():g}")
+    if not ((k >= 0) & (k <= n) & np.isfinite(n)).all():
+        raise ValueError(f"k must lie in [0, n] with n finite, got k = {k} with n = {n}")
+    return k, n, level
+
+
 def exact_interval(
     k,  # errors, 0 <= k <= n; may be fractional (a mean over seeds)
     n,  # images, an array-like that broadcasts with `k`
     level=0.95,  # confidence, in (0, 1)
 ) -> tuple:  # (lo, hi), each of the broadcast shape
     "Exact interval of a risk from k errors in n images; (0, 1) for n = 0 - Clopper-Pearson (1934)"
-    k, n, level = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (k, n, level)))
-    if not ((level > 0) & (level < 1)).all():
-        raise ValueError(f"level must lie in (0, 1), got {level.min():g} to {level.max():g}")
-    if not ((k >= 0) & (k <= n) & np.isfinite(n)).all():
-        raise ValueError(f"k must lie in [0, n] with n finite, got k = {k} with n = {n}")
+    k, n, level = _checked(k, n, level)
     tail = (1 - level) / 2
     lo = np.where(k > 0, beta.ppf(tail, np.where(k > 0, k, 1), n - k + 1), 0.0)
     hi = np.where(k < n, beta.isf(tail, k + 1, np.where(k < n, n - k, 1)), 1.0)
@@ -135,6 +142,7 @@ def worst_interval(
     k,  # errors `(..., C)`
     n,  # images `(..., C)` or `(C,)`; classes without images are left out
     level: float = 0.95,  # confidence, in (0, 1)
+    interval: Callable = exact_interval,  # of one class, from (k, n, level)
 ) -> tuple:  # (lo, hi), each `(...)`
     "Interval for the risk of the truly worst class, whichever that is (Bonferroni)."
     k, n = np.broadcast_arrays(np.asarray(k, dtype=float), np.asarray(n, dtype=float))
@@ -143,8 +151,28 @@ def worst_interval(
         raise ValueError(f"n must have a class with images on the last axis, got {n}")
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level:g}")
-    lo, hi = exact_interval(k, n, 1 - (1 - level) / seen.sum(-1, keepdims=True))
+    lo, hi = interval(k, n, 1 - (1 - level) / seen.sum(-1, keepdims=True))
     return _plain(np.max(lo, -1)), _plain(np.where(seen, hi, 0).max(-1))
+
+# %% ../nbs/08_risk.ipynb #c039x338675
+def sequential_interval(
+    k,  # errors, 0 <= k <= n
+    n,  # images counted so far, in random order; broadcasts with `k`
+    level=0.95,  # confidence, in (0, 1)
+) -> tuple:  # (lo, hi), each of the broadcast shape
+    "Interval of a risk that holds at all n at once, so that one may stop any time - Robbins (1970)"
+    k, n, level = _checked(k, n, level)
+    floor = betaln(k + 0.5, n - k + 0.5) - betaln(0.5, 0.5) + np.log(1 - level)
+
+    def edge(outside):  # between an end of [0, 1] and the share seen, by halving
+        inside = np.divide(k, n, out=np.full(k.shape, 0.5), where=n > 0)
+        for _ in range(60):
+            mid = (inside + outside) / 2
+            held = xlogy(k, mid) + xlog1py(n - k, -mid) > floor
+            inside, outside = np.where(held, mid, inside), np.where(held, outside, mid)
+        return _plain(outside)
+
+    return edge(np.zeros(k.shape)), edge(np.ones(k.shape))
 
 # %% ../nbs/08_risk.ipynb #7d721c33
 def bootstrap_risks(
@@ -337,9 +365,9 @@ METRICS = {  # name -> a function of class risks `(..., C)`
     "min": lambda risks: summary(risks)["min"],
     "max": worst_class,
     "range": risk_range,
-    "gini": gini,
-    "cvar": worst_three,
-    "nsd": nsd,
+    "Gini": gini,
+    "CVaR, 3 worst": worst_three,
+    "NSD": nsd,
     "worst - avg": lambda risks: worst_class(risks) - summary(risks)["avg"],
 }
 

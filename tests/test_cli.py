@@ -2,6 +2,7 @@
 behind."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from PIL import Image
 
 from fairmix_nb.cli import main
 from fairmix_nb.compare import compare, preset
-from fairmix_nb.methods import TrainCfg
+from fairmix_nb.methods import Pipeline, TrainCfg
 
 QUICK = [
     "compare",
@@ -88,6 +89,11 @@ def test_folder_of_colour_images(tmp_path, capsys):
         "--model",
         "small_cnn",
     ]
+    fits = [a for a in argv if a not in ("--batch", "8")]  # said once, and done
+    assert main([str(a) for a in [*fits, "--out", tmp_path / "fits"]]) == 0
+    assert (
+        capsys.readouterr().out.count("batch 2 instead of 256: there are 22 training images") == 1
+    )
     assert main([str(a) for a in [*argv, "--out", tmp_path / "run"]]) == 0
     assert "cat" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "record.json").read_text())
@@ -195,31 +201,77 @@ def test_no_space_left(capsys, tmp_path, monkeypatch):
     refused(capsys, [*QUICK, "--out", tmp_path / "run"], "No space left on device")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_ends_within_two_seconds_and_names_the_checkpoint(tmp_path):
-    out = tmp_path / "run"
+def started(*argv):
+    "The command as a process of its own, which hears Ctrl-C as in a terminal."
     code = "import sys; from fairmix_nb.cli import main; sys.exit(main())"
-    argv = ["compare", "--methods", "at", "--seeds", "0", "--epochs", "500", "--out", str(out)]
 
-    def heard():
-        return signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # a background shell ignores SIGINT; a terminal does not
+    def heard():  # a background shell ignores SIGINT
+        os.setpgrp()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    )
-    deadline = time.time() + 60
-    while not (out / "at-0" / "last.pt").exists() and time.time() < deadline:
+    call = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.Popen(call, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+
+
+def wait_for(*paths, seconds=120):
+    end = time.time() + seconds
+    while not all(p.exists() for p in paths):
+        assert time.time() < end, paths
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("procs", [1, 2])
+def test_ctrl_c_ends_within_two_seconds_and_names_what_is_kept(tmp_path, procs):
+    out, seeds = tmp_path / "run", ["0", "1"][:procs]
+    words = ["--methods", "at", "--epochs", "500", "--procs", procs, "--out", out, "--seeds"]
+    process = started("compare", *words, *seeds)
+    wait_for(*(out / f"at-{s}" / "last.pt" for s in seeds))
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells every process of the group
     start = time.time()
     error = process.communicate(timeout=30)[1]
     assert time.time() - start < 2
     assert process.returncode == 130
     last = error.strip().splitlines()[-1]
-    assert f"{out / 'at-0'}/last.pt (epoch " in last and "--resume" in last
+    kept = f"{out / 'at-0'}/last.pt (epoch " if procs == 1 else f"checkpoints are kept in {out}"
+    assert (
+        kept in last and "--resume" in last and "Traceback" not in error and "leaked" not in error
+    )
     torch.load(out / "at-0" / "last.pt", weights_only=True)
+    for run in out.glob("at-*"):  # nobody goes on in the background
+        before = (run / "last.pt").read_bytes()
+        time.sleep(0.5)
+        assert (run / "last.pt").read_bytes() == before
+
+
+def test_errors_of_a_process_are_told_as_ones_own(tmp_path, capsys):
+    job = dict(methods=("at", "trades"), seeds=(0,), workers=2, progress=False)
+    with pytest.raises(FloatingPointError, match="the loss became nan"):
+        compare("digits", cfg=dict(epochs=1, lr=1e30), out=tmp_path / "nan", **job)
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="ended from outside.*nothing is kept"):
+        compare("digits", {"a": Dies(), "b": Dies()}, (0,), workers=2, progress=False)
+
+
+class Dies(Pipeline):
+    "As if the system had ended the process: no memory left"
+
+    def step(self, run, x, y):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_give_the_bits_of_one_run_after_another():
+    def without_clock(c):
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in c.record["runs"]]
+
+    job = dict(seeds=(0, 1), cfg=dict(epochs=1), progress=False)
+    told = []
+    one = compare("digits", ("attack_mix", "natural"), **job)
+    two = compare(
+        "digits", ("attack_mix", "natural"), workers=3, on_run=lambda *a: told.append(a[:2]), **job
+    )
+    assert without_clock(one) == without_clock(two) and str(one.table()) == str(two.table())
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_notes_name_leaking_and_overfitting():

@@ -126,12 +126,9 @@ def reading(path):
 STILL = {
     "05_tempering": dict(silent=65),
     "06_synthetic": dict(cells=126, silent=119),
-    "08_risk": dict(silent=67),
     "09_records": dict(silent=115, shown=0.54),
     "10_data": dict(cells=113, silent=163, shown=0.45),
     "11_models": dict(shown=0.56),
-    "25_ranks": dict(silent=66),
-    "20_compare": dict(cells=83),
 }
 
 
