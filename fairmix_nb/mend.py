@@ -6,9 +6,10 @@
 __all__ = ['FEW', 'wrong_at', 'risks_at', 'linear_margins', 'by_class', 'least_offsets', 'minimax', 'on_a_line', 'descend',
            'tie_of', 'Front', 'deepest', 'as_text', 'columns_of', 'margins', 'Offset', 'with_offsets',
            'check_objective', 'offsets_for', 'part_of_outcome', 'Mended', 'mend_at', 'as_dict', 'notes_of', 'rows_of',
-           'text_of', 'plot_mended', 'mended_html', 'record_of', 'save', 'mend']
+           'text_of', 'plot_mended', 'mended_html', 'record_of', 'save', 'mend', 'into_bias', 'mend_checkpoint',
+           'check_same_data']
 
-# %% ../nbs/19_mend.ipynb #c004x446570
+# %% ../nbs/19_mend.ipynb #c004x738481
 import base64
 import copy
 import json
@@ -23,17 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/19_mend.ipynb #c005x655957
+# %% ../nbs/19_mend.ipynb #c005x862766
 from .attacks import Climb, Threat, one_of
-from .audit import check_model, chunks_of
+from .audit import as_trained, check_model, chunks_of
+from .data import load
 from .diagnosis import Counted, attackable
 from .records import SCHEMA, Journal, pick_device, progress_bar, tensor_digest
 from .records import write_aside
 from .report import Outcome, canvas, class_rows, columns, html_table, name_ticks
 from .report import short, spread_rows
 from .risk import classwise_risk, exact_interval, pack_flags, worst_difference
+from .runs import load_model, read_weights
 
-# %% ../nbs/19_mend.ipynb #c010x200911
+# %% ../nbs/19_mend.ipynb #c010x778829
 def wrong_at(
     margins: np.ndarray,  # `(n, C)`, see `margins`; infinite at the image's own class
     y: np.ndarray,  # classes `(n,)`
@@ -68,7 +71,7 @@ def linear_margins(
     margins[np.arange(len(y)), y] = np.inf
     return margins
 
-# %% ../nbs/19_mend.ipynb #c014x125922
+# %% ../nbs/19_mend.ipynb #c014x799151
 def by_class(margins, y, tie):
     "The margins of each class, a column for each of its images, less the room left to a tie."
     return [np.ascontiguousarray((margins[y == c] - tie).T) for c in range(margins.shape[1])]
@@ -115,7 +118,7 @@ def minimax(
             start = found  # a harder level needs no smaller offsets
     return best, float(levels[high])
 
-# %% ../nbs/19_mend.ipynb #c020x225448
+# %% ../nbs/19_mend.ipynb #c020x612002
 def on_a_line(
     groups: list,  # of `by_class`
     b: np.ndarray,  # offsets `(C,)`
@@ -174,7 +177,7 @@ def descend(
         b[c] = place if value <= here + 1e-12 else b[c]
     return b - b.mean()
 
-# %% ../nbs/19_mend.ipynb #c023x867391
+# %% ../nbs/19_mend.ipynb #c023x282046
 def tie_of(margins: np.ndarray) -> float:  # margins `(n, C)`; room to leave, a millionth of them
     "What a float32 logit may lose by rounding: a margin that small is a tie"
     return 1e-6 * max(float(np.abs(margins[np.isfinite(margins)]).max()), 1e-12)
@@ -228,7 +231,7 @@ class Front:
         inner = [self.at_level(v) for v in np.linspace(top, self.level, k)[1:-1]]
         return [self.plain, *inner, self.fair]
 
-# %% ../nbs/19_mend.ipynb #c032x125684
+# %% ../nbs/19_mend.ipynb #c032x891798
 def deepest(
     net: Callable,  # logits
     x: Tensor,  # `(b, ...)`
@@ -259,7 +262,7 @@ def deepest(
         least[rows] = torch.minimum(least[rows], -top.double())
     return least
 
-# %% ../nbs/19_mend.ipynb #c033x910577
+# %% ../nbs/19_mend.ipynb #c033x268248
 def as_text(*job) -> str:
     "What `deepest` finds, for a journal"
     return base64.b64encode(deepest(*job).cpu().numpy().tobytes()).decode()
@@ -319,7 +322,7 @@ def margins(
         raise FloatingPointError(f"margins must be numbers, got nan at image {i}, class {k}")
     return found
 
-# %% ../nbs/19_mend.ipynb #c039x253852
+# %% ../nbs/19_mend.ipynb #c039x80004
 class Offset(nn.Module):
     "Adds a number to each logit"
 
@@ -346,33 +349,39 @@ def with_offsets(
 
 
 def check_objective(
-    objective: object,  # 'worst', a power, or ('worst', average that is afforded)
+    objective: object,  # see `mend`
 ) -> object:  # the same, numbers as floats
     "Refuse what is no objective"
-    pair = isinstance(objective, (tuple, list)) and len(objective) == 2 and objective[0] == "worst"
-    number = objective[1] if pair else objective
-    if objective == "worst":
+    if isinstance(objective, str) and objective == "worst":
         return objective
-    least, most = (0, 1) if pair else (1, np.inf)
-    if not isinstance(number, Real) or not least <= number <= most:
+    pair = isinstance(objective, (tuple, list)) and len(objective) == 2
+    kind, number = objective if pair else ("power", objective)
+    ranges = dict(power=(1, np.inf), worst=(0, 1), avg=(0, 100))
+    low, high = ranges.get(kind, (1, 0)) if isinstance(kind, str) else (1, 0)
+    if not isinstance(number, Real) or not low <= number <= high:
         raise ValueError(
-            "objective must be 'worst', a power p >= 1, or ('worst', the average risk that is "
-            f"afforded, in [0, 1]), got {objective!r}"
+            "objective must be 'worst', a power p >= 1, ('worst', average risk that is afforded) "
+            f"or ('avg', points that the average may rise), got {objective!r}"
         )
-    return ("worst", float(number)) if pair else float(number)
+    return (kind, float(number)) if pair else float(number)
 
 
 def offsets_for(
     front: Front,
-    objective: object,  # see `check_objective`
+    objective: object,  # see `mend`
 ) -> np.ndarray:  # `(C,)`, mean 0
     "The offsets that an objective asks for"
     objective = check_objective(objective)
     if objective == "worst":
         return front.fair
-    return front.within(objective[1]) if isinstance(objective, tuple) else front.power(objective)
+    if not isinstance(objective, tuple):
+        return front.power(objective)
+    kind, most = objective
+    if kind == "avg":
+        most = front.risks(np.zeros(len(front.fair))).mean() + most / 100
+    return front.within(most)
 
-# %% ../nbs/19_mend.ipynb #c042x113354
+# %% ../nbs/19_mend.ipynb #c042x572392
 def part_of_outcome(matrix, y, offsets, n_cls):
     "The piece of a record that one matrix gives at some offsets, images in order of class."
     wrong = wrong_at(matrix, y, offsets)[np.argsort(y, kind="stable")]
@@ -421,7 +430,7 @@ class Mended:
         rows = [(front.risks(b), b) for b in front.points(k)]
         return [dict(average=r.mean(), worst=r.max(), offsets=b) for r, b in rows]
 
-# %% ../nbs/19_mend.ipynb #c043x427559
+# %% ../nbs/19_mend.ipynb #c043x251558
 def mend_at(
     margins: np.ndarray | dict,  # `(n, C)`; or name -> matrix, chosen on the last
     y: np.ndarray,  # classes `(n,)`
@@ -450,7 +459,7 @@ def mend_at(
 def as_dict(margins):
     return margins if isinstance(margins, dict) else dict(margins=margins)
 
-# %% ../nbs/19_mend.ipynb #c045x345835
+# %% ../nbs/19_mend.ipynb #c045x468312
 FEW = 20  # images of a class, below which an offset is a guess
 
 
@@ -507,7 +516,7 @@ def text_of(done):
 
 Mended.__str__ = text_of
 
-# %% ../nbs/19_mend.ipynb #c047x343048
+# %% ../nbs/19_mend.ipynb #c047x644955
 def plot_mended(done: Mended) -> plt.Figure:
     "Risks by class before and after, and where both lie on the front"
     fig, (bars, ax) = plt.subplots(
@@ -541,7 +550,7 @@ def mended_html(done):
 
 Mended.plot, Mended._repr_html_ = plot_mended, mended_html
 
-# %% ../nbs/19_mend.ipynb #c049x355797
+# %% ../nbs/19_mend.ipynb #c049x378500
 def record_of(
     done: Mended,
 ) -> dict:  # plain data
@@ -575,7 +584,7 @@ def mend(
     data: object,  # validation images: an ImageSet, a pair (x, y) of tensors, or a DataLoader
     eps: float | tuple | Threat,  # radius in pixel units of [0, 1]; a tuple: one per channel
     *,
-    objective: object = "worst",  # 'worst'; a power p >= 1; ('worst', average that is afforded)
+    objective: object = "worst",  # or a power p >= 1, ('worst', average), ('avg', points more)
     classes: tuple | None = None,  # names; None: those of the ImageSet, else 0, 1, ...
     norm: str = "linf",  # 'linf' or 'l2'
     box: tuple | None = (0.0, 1.0),  # valid range of x; None: none
@@ -592,3 +601,51 @@ def mend(
     names = classes or getattr(data, "classes", None)
     done = mend_at(dict(clean=clean, margins=found), y.cpu().numpy(), objective, names)
     return replace(done, model=with_offsets(model, done.offsets), threat=threat)
+
+# %% ../nbs/19_mend.ipynb #c056x975534
+def into_bias(
+    net: nn.Sequential,  # ends in a linear layer with bias, as all of `MODELS` do
+    offsets: np.ndarray,  # `(C,)`
+) -> dict:  # name -> tensor
+    "The weights of the network with the offsets in its last bias"
+    last = net[-1]
+    if not isinstance(last, nn.Linear) or last.bias is None:
+        raise ValueError(f"model must end in a linear layer with bias, got {last}")
+    mended = copy.deepcopy(net)
+    with torch.no_grad():
+        mended[-1].bias += torch.as_tensor(offsets).to(last.bias)
+    return mended.state_dict()
+
+
+def mend_checkpoint(
+    path: str | Path,  # a checkpoint of `fit`, or its folder
+    data: str = "digits",  # as `load` takes it; its validation part is used
+    eps: float | tuple | Threat | None = None,  # in pixel units; None: that of the training
+    *,
+    name: str | None = None,  # architecture, see `load_model`
+    size: int | None = None,  # side of the images; None: as the run's record says
+    out: str | Path,  # folder of the checkpoint and the report
+    **how,  # objective, norm, steps, restarts, batch, device, resume, progress of `mend`
+) -> Mended:
+    "Mend a training run on the validation images it was not trained on"
+    given, cfg = as_trained(path), read_weights(path)[1].get("cfg", {})
+    given |= {} if size is None else dict(size=size)
+    images = load(data, cfg.get("seed", 0), progress=False, **given)
+    net, found = load_model(path, images.val.n_cls, images.val.x.shape[1], name)
+    check_same_data(path, found, images)
+    eps = cfg.get("eps") if eps is None else eps
+    if eps is None:
+        raise ValueError("eps must be given: the checkpoint names no radius")
+    done = mend(net, images.val, eps, out=out, **how)
+    done.save(out)
+    write_aside(Path(out) / "last.pt", partial(torch.save, into_bias(net, done.offsets)))
+    return done
+
+
+def check_same_data(path, found, images):
+    "Refuse validation images that may be among those the network was trained on."
+    if "data" in found and found["data"] != images.digest():
+        raise ValueError(
+            f"{path} was trained on data with digest {found['data']}, got {images.digest()}: "
+            "validation images may be among those it was trained on"
+        )

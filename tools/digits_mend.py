@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train, mend and judge the digits networks of nbs/19_mend.ipynb: those that the record lacks.
 
-    python tools/digits_mend.py     # 2 methods x 5 shuffles x 3 folds -> nbs/results/digits_mend.json
+    python tools/digits_mend.py     # 2 methods x 15 seeds -> nbs/results/digits_mend.json
 
 Offsets are chosen on 30 validation images a class, by margins; both networks are judged on the
 test part by PGD-20 and APGD-T. `train` is what the same choice would have seen on 30 training
@@ -37,7 +37,7 @@ def judged(model, images, threat):
 
 def one_run(method, seed):
     data = load("digits", seed, val_per_class=PER_CLASS, progress=False)
-    cfg, name = preset(data)
+    name, cfg = preset("digits")
     net = build(name, data.train.n_cls, data.train.x.shape[1], seed)
     start = time.perf_counter()
     net = fit(net, data, cfg, method, progress=False, watched=1).model
@@ -86,7 +86,7 @@ def main():
     if args.out.exists():
         record = json.loads(args.out.read_text())
     done = {(r["method"], r["seed"]) for r in record["runs"]}
-    cfg = preset(data)[0]
+    cfg = preset("digits")[1]
     record.update(eps=cfg.eps, val_per_class=PER_CLASS, provenance=origin)
     for seed in range(args.seeds):
         for method in METHODS:
