@@ -22,7 +22,7 @@ import torch
 
 from fairmix_nb.attacks import Threat
 from fairmix_nb.data import load, spread_subset
-from fairmix_nb.mend import margins, mend_at, with_offsets
+from fairmix_nb.mend import Front, margins, with_offsets
 from fairmix_nb.methods import FAST, TrainCfg
 from fairmix_nb.models import build
 from fairmix_nb.records import SCHEMA, provenance, write_aside
@@ -88,11 +88,26 @@ def matrices(net, data, out):
         )
 
 
-def judged(net, offsets, data):
+def choices(front):
+    "Offsets that a reader may want to try first."
+    average = front.risks(np.zeros(len(front.fair))).mean()
+    found = {
+        "as trained": np.zeros(len(front.fair)),
+        "best average": front.plain,
+        "the same average": front.within(average),
+        "one point of average": front.within(average + 0.01),
+        "best worst class": front.fair,
+    }
+    return {name: b.round(4).tolist() for name, b in found.items()}
+
+
+def judged(net, offsets, data, done):
     "The network before and after, under attacks that know nothing of a matrix."
     for attack, n in JUDGES.items():
         images = spread_subset(data.test, n)
         for name, model in {"before": net, "after": with_offsets(net, offsets)}.items():
+            if f"{attack} {name}" in done:
+                continue
             wrong = attack_errors(model, images, Threat(EPS), ("clean", attack))
             found = outcome_of(wrong, images, EPS)
             print(
@@ -109,14 +124,16 @@ def judge(data, out, path, origin):
     record = dict(schema=SCHEMA, kind="cifar10 mended", name=out.name, provenance=origin)
     record.update(classes=list(data.train.classes), trained={k: run[k] for k in keys})
     record.update(curves=run["curves"], matrices={}, judged={})
+    if path.exists():
+        record["judged"] = json.loads(path.read_text())["judged"]
     for name, found in matrices(net, data, out):
         record["matrices"][name] = found
         if name == "val":
             values = np.frombuffer(base64.b64decode(found["margins"]), np.float16).reshape(-1, 10)
-            done = mend_at(values.astype(float), np.array(found["y"]))
-            record["offsets"] = done.offsets.round(5).tolist()
+            front = Front(values.astype(float), np.array(found["y"]))
+            record.update(offsets=front.fair.round(5).tolist(), choices=choices(front))
         write_aside(path, json.dumps(record))
-    for name, found in judged(net, done.offsets, data):
+    for name, found in judged(net, front.fair, data, record["judged"]):
         record["judged"][name] = found
         write_aside(path, json.dumps(record))
 
