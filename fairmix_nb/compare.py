@@ -137,22 +137,9 @@ def mended(plan, model, data, test):
     "The same with offsets of the logits, chosen on the validation part."
     start, threat = time.perf_counter(), plan.cfg.threat
     done = mend_offsets(model, data.val, threat, device=plan.device)
-    seconds = round(time.perf_counter() - start, 2)
-    found = attacked(done.model.to(plan.device), test, threat, plan.attacks)
-    return dict(offsets=done.offsets.tolist(), mending=seconds, attacks=found)
-
-
-def with_mended(run):
-    "A run, and the same run mended as one of its own."
-    again = run.pop("mended", None)
-    if again is None:
-        return [run]
-    name, seconds = mended_name(run["method"]), again["mending"]
-    return [run, run | again | dict(method=name, seconds=seconds, curves=[])]
-
-
-def mended_name(name):
-    return f"{name} + mend"
+    found = dict(offsets=done.offsets.tolist(), curves=[])
+    found["seconds"] = round(time.perf_counter() - start, 2)
+    return found | dict(attacks=attacked(done.model, test, threat, plan.attacks))
 
 
 def one_run(plan, data, seed, name, progress=False):
@@ -177,6 +164,16 @@ def one_run(plan, data, seed, name, progress=False):
     return json.loads(text)
 
 # %% ../nbs/20_compare.ipynb #65cfa996
+def mended_name(name):
+    return f"{name} + mend"
+
+
+def with_mended(run):
+    "A run, and the same run mended as one of its own."
+    again, name = run.pop("mended", None), mended_name(run["method"])
+    return [run, run | again | dict(method=name)] if again else [run]
+
+
 @contextlib.contextmanager
 def few_threads(data):
     "One thread where images are tiny: two spend their time waiting for each other."
@@ -187,11 +184,6 @@ def few_threads(data):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def tiny(data):
-    "Digits: images so small that a step is over before a second thread has begun."
-    return data.train.x[0, 0].numel() <= 256
 
 # %% ../nbs/20_compare.ipynb #379ea684
 def compare(
@@ -408,6 +400,11 @@ def mapper(workers, gpus_per_run, device, progress, plan=None):
     if gpus_per_run is None:
         gpus_per_run = 1 if pick_device(device) == "cuda" else 0
     return partial(ray_map, ray, gpus_per_run, progress)
+
+
+def tiny(data):
+    "Digits: images so small that a step is over before a second thread has begun."
+    return data.train.x[0, 0].numel() <= 256
 
 
 def processes_for(workers, plan, images, runs):
