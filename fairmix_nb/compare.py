@@ -164,16 +164,6 @@ def one_run(plan, data, seed, name, progress=False):
     return json.loads(text)
 
 # %% ../nbs/20_compare.ipynb #65cfa996
-def mended_name(name):
-    return f"{name} + mend"
-
-
-def with_mended(run):
-    "A run, and the same run mended as one of its own."
-    again, name = run.pop("mended", None), mended_name(run["method"])
-    return [run, run | again | dict(method=name)] if again else [run]
-
-
 @contextlib.contextmanager
 def few_threads(data):
     "One thread where images are tiny: two spend their time waiting for each other."
@@ -184,6 +174,11 @@ def few_threads(data):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def tiny(data):
+    "Digits: images so small that a step is over before a second thread has begun."
+    return data.train.x[0, 0].numel() <= 256
 
 # %% ../nbs/20_compare.ipynb #379ea684
 def compare(
@@ -266,6 +261,12 @@ def check_call(seeds, attacks, model, mend, methods):
     strength = [attack_by_name(a).strength for a in attacks]
     if strength != sorted(strength):
         raise ValueError(f"attacks must go from weak to strong, got {tuple(attacks)}")
+
+
+def with_mended(run):
+    "A run, and the same run mended as one of its own."
+    again, name = run.pop("mended", None), mended_name(run["method"])
+    return [run, run | again | dict(method=name)] if again else [run]
 
 # %% ../nbs/20_compare.ipynb #5ee014c7
 def check_data(data, seeds, cfg, attacks):
@@ -400,11 +401,6 @@ def mapper(workers, gpus_per_run, device, progress, plan=None):
     if gpus_per_run is None:
         gpus_per_run = 1 if pick_device(device) == "cuda" else 0
     return partial(ray_map, ray, gpus_per_run, progress)
-
-
-def tiny(data):
-    "Digits: images so small that a step is over before a second thread has begun."
-    return data.train.x[0, 0].numel() <= 256
 
 
 def processes_for(workers, plan, images, runs):
@@ -544,6 +540,10 @@ def risks(
 def counted(number, what):
     "1 seed, 3 seeds."
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def mended_name(name):
+    return f"{name} + mend"
 
 
 @patch
