@@ -156,8 +156,7 @@ def one_run(plan, data, seed, name, progress=False):
         about = dict(kind="run", method=name, seed=seed, test=data.test.digest(), attacks=found)
         if name in plan.mend:
             about["mended"] = mended(plan, done.model, data, test)
-    if "method" in done.record:
-        about["way"] = done.record["method"]
+    about |= {"way": done.record["method"]} if "method" in done.record else {}
     text = json.dumps(dict(done.record, **about), indent=1)
     if path:
         write_aside(path, text)
