@@ -35,6 +35,7 @@ def text_of(cell) -> str:
     """A text cell for the site: badges become words, links to files of the repository leave the
     site."""
     text = re.sub(r"\[!\[([^\]]*)\]\([^)]*\)\]\(([^)]*)\)", r"[\1](\2)", book.source(cell))
+    text = text.replace("](../docs/CHANGELOG.md)", "](changelog.md)")
     text = text.replace("](../.github/CONTRIBUTING.md)", "](contributing.md)").replace(
         "](../docs/", "]("
     )

@@ -9,6 +9,12 @@ import types
 # programs a step then takes many times as long (nbs/24_speed.ipynb). Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+if os.environ.get("IN_TEST"):  # a notebook under nbdev_test
+    from fairmix_nb import _tested
+
+    _tested.one_thread()
+    _tested.aloud()
+
 # A first import is one line, `from fairmix_nb import load, build, fit, audit`, and loads a module
 # when a name of it is asked for: the package alone takes no time, and `theory` no PyTorch.
 NAMES = dict(
@@ -17,7 +23,7 @@ NAMES = dict(
     preset="compare",
     TrainCfg="methods",
     Method="methods",
-    METHODS="methods",
+    METHODS="cures",
     fit="train",
     attack_errors="report",
     Outcome="report",

@@ -59,6 +59,9 @@ class Method(Named):
         "What it remembers at first: name -> tensor, in checkpoints and equal on all ranks"
         return {}
 
+    def start_epoch(self, run: "Run") -> None:
+        "Called before the first step of an epoch"
+
     def take(self, run: "Run", idx: Tensor) -> Tensor:
         "The images of a step: those that are its turn, or others"
         return idx
@@ -269,6 +272,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     state: dict = field(default_factory=dict)  # what the method remembers: name -> tensor
     seen: dict = field(default_factory=dict)  # of this epoch: name -> sums by class `(C,)`
+    last: dict = field(default_factory=dict)  # of this epoch and process: what a step leaves behind
     epoch: int = 0  # the one that runs, from 1; between epochs: those done
     gradients: int = 0  # gradient evaluations so far
     seconds: float = 0.0  # of training so far
@@ -608,6 +612,9 @@ class Averaged(Method):
         copies = {f"average.{k}": v.clone() for k, v in run.model.state_dict().items()}
         return self.inner.start(run) | copies | dict(updates=0 * run.ones()[0])
 
+    def start_epoch(self, run):
+        self.inner.start_epoch(run)
+
     def take(self, run, idx):
         return self.inner.take(run, idx)
 
@@ -694,7 +701,7 @@ def gradients_per_image(
     method: str | Method,  # a name of `METHODS`, or a method
     cfg: TrainCfg = TrainCfg(),  # attack, steps
     n_cls: int = 10,  # classes
-) -> float:  # 1 is natural training; what `end_epoch` spends on validation comes on top
+) -> float:  # 1 is natural training; what it spends before and after an epoch comes on top
     "Gradient evaluations that a step of a method takes for each image of its turn"
     method, channels = method_of(method), len(np.atleast_1d(cfg.eps))
     n = 16 * n_cls

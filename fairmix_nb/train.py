@@ -20,6 +20,7 @@ from torch import nn
 
 # %% ../nbs/16_train.ipynb #6c7e544d
 from .attacks import Threat, one_of
+from .cures import CURES  # noqa: F401 - their names join `METHODS`
 from .data import Data, ImageSet, batches, spread_subset
 from .methods import Method, Run, TrainCfg, alignment, describe, described
 from .methods import learning_rate, make_streams, method_of
@@ -104,7 +105,7 @@ def run_epoch(run, method, ranks, precision="fp32"):
     "One pass over the images; the losses `(steps,)`, on the device"
     kind, cfg = run.images.x.device.type, run.cfg
     cast = dict(dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
-    losses, before, run.seen = [], run.gradients, {}
+    losses, before, run.seen, run.last = [], run.gradients, {}, {}
     run.model.train()
     steps = ranks.steps(run)
     for i, (idx, factor) in enumerate(steps):
@@ -172,6 +173,7 @@ def one_epoch(run, method, ranks, val, watched, watch, precision):
     "Train for an epoch, let the method look back, watch, and add a row to the curves."
     start, cfg = time.perf_counter(), run.cfg
     run.epoch += 1
+    method.start_epoch(run)
     losses = run_epoch(run, method, ranks, precision)
     check_health(run, losses)
     method.end_epoch(run)

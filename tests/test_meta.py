@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from fairmix_nb.cures import CURES
 from fairmix_nb.data import ImageSet
 from fairmix_nb.methods import (
     METHODS,
@@ -61,7 +62,7 @@ def meta_run(method, cfg):
     return run
 
 
-CASES = {**METHODS, "weighted": Weighted(weights=(1, 2, 3)), "adjusted": LogitAdjusted()}
+CASES = {**METHODS, **CURES, "weighted": Weighted(weights=(1, 2, 3)), "adjusted": LogitAdjusted()}
 CASES |= {
     f"{'+'.join(steps)} {partner}": Pipeline(steps, partner=partner)
     for steps in (("attack", "mix"), ("mix", "attack"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from fairmix_nb import attacks, data, gaussian, mixup, risk, tempering, theory
 from fairmix_nb.gaussian import GaussianPair
@@ -317,7 +318,7 @@ def test_tempering_moves_from_optimal_to_fair(problem, g, h):
     if np.isfinite(t[2]):
         gaps = gaussian.gap(r)
         assert gaps[0] <= gaps[1] + 1e-9 and gaps[1] <= gaps[2] + 1e-9 and gaps[3] < 1e-9
-        assert -1e-12 <= tempering.price(p, high, eps) <= tempering.price(p, low, eps) + 1e-12
+        assert 0 <= tempering.price(p, high, eps) <= tempering.price(p, low, eps) + 1e-12
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -336,6 +337,40 @@ def test_a_fixed_law_is_its_number(problem, lam):
             return gaussian.gap(gaussian.class_risk(t, p, eps=eps))
 
         assert at(t) <= at(plain) + 1e-9
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(solvable, st.floats(0.01, 20), st.integers(-400, 400))
+def test_a_random_law_knows_no_units_and_lies_on_the_path(problem, a, exponent):
+    p, eps = problem
+    assume(p.mu_pos + p.mu_neg - 2 * eps > 0.01)
+    law, by = stats.beta(a, a), 2.0**exponent
+    t = tempering.law_threshold(p, law, eps)
+    close(tempering.law_threshold(scaled(p, by), law, by * eps), by * t, rtol=1e-9)
+    if np.isfinite(t):
+        u, L = gaussian.z_scores(t, p, 1.0, eps), theory.log_odds(p)
+        low, high = sorted((L, 2 * L))
+        assert low - 1e-6 <= np.subtract(*u**2) <= high + 1e-6 * max(1, *(u**2))
+
+
+@quick
+@given(solvable, gs, st.floats(0.1, 10))
+def test_more_certainty_and_less_mixing_take_more_points(problem, g, errors):
+    p, eps = problem
+    assume(p.mu_pos + p.mu_neg - 2 * eps > 0.01)
+    n = tempering.points_needed(p, g, eps, errors)
+    assert n >= 1 and n <= tempering.points_needed(p, g, eps, 2 * errors)
+    assert n <= tempering.points_needed(p, (1 + g) / 2, eps, errors)
+    assert n == tempering.points_needed(scaled(p, 8.0), g, 8 * eps, errors)
+
+
+@quick
+@given(st.lists(st.floats(1e-3, 1), min_size=2, max_size=6), gs)
+def test_tempered_priors_are_shares_and_balanced_ones_stay(priors, g):
+    a = tempering.tempered_priors(priors, g)
+    close(a.sum(), 1)
+    assert list(np.argsort(priors, kind="stable")) == list(np.argsort(a, kind="stable"))
+    close(tempering.tempered_priors([0.3] * len(priors), g), 1 / len(priors))
 
 
 # --- mixup ---------------------------------------------------------------------------------

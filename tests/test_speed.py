@@ -217,6 +217,40 @@ def test_resnet20_costs_what_the_records_assume():
     assert round(low["flops"] / 2e6, 1) == 81.1
 
 
+def test_the_phases_are_those_of_the_step_and_their_floors_add_up():
+    images, cfg = bench.images_of(8), TrainCfg(batch=8, eps=EPS)
+    told, nets = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(bench.build("resnet20").to(memory_format=torch.channels_last).train())
+    run = bench.new_run(nets[0], images, cfg)
+    adv = bench.step_in_phases(run, torch.arange(8), told.append)
+    assert tuple(told) == bench.PHASES
+    x, _ = bench.new_run(nets[1], images, cfg).batch(torch.arange(8))
+    optimizer = bench.make_optimizer(nets[1], cfg)
+    bench.image_gradient_step(nets[1], optimizer, x, images.y, EPS)
+    assert (adv - x).abs().max() <= EPS + 1e-6 and (adv != x).any()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    found = bench.phase_floors(run, torch.arange(8), 1e9, 1e9)
+    whole = bench.floors(
+        lambda: bench.step_in_phases(run, torch.arange(8), lambda name: None), 1e9, 1e9
+    )
+    for key in ("flops", "bytes"):
+        assert sum(v[key] for v in found.values()) == pytest.approx(whole[key], rel=1e-5)
+
+
+def test_a_convolution_alone_computes_what_a_backward_pass_does():
+    shapes = bench.shapes_of(bench.build("resnet20"), torch.zeros(1, 3, 32, 32))
+    assert sum(shapes.values()) == 19 and len(shapes) >= 6  # and shortcuts without weights
+    for (shape, weight, stride), _times in shapes.items():
+        jobs, cost = bench.convolution_jobs(shape, weight, stride, 2)
+        out = jobs["forward"]()
+        assert jobs["input gradient"]()[0].shape == (2, *shape)
+        assert jobs["weight gradient"]()[1].shape == weight
+        assert cost["flops"] == 2 * out.numel() * weight[1] * weight[2] * weight[3]
+
+
 # ---- the records
 
 

@@ -18,6 +18,7 @@ Give the machine to it alone: 'step' takes about two minutes, all blocks togethe
 import argparse
 import atexit
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -43,9 +44,10 @@ from torchvision import transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fairmix_nb.attacks import fgsm, pgd
+from fairmix_nb.attacks import Threat, attack_by_name, fgsm, pgd
+from fairmix_nb.audit import audit
 from fairmix_nb.data import ImageSet, as_floats, augment, batches, load, make_data
-from fairmix_nb.methods import METHODS, Pipeline, Run, TrainCfg, make_streams, mix_step
+from fairmix_nb.methods import METHODS, Pipeline, Run, TrainCfg, frozen, make_streams, mix_step
 from fairmix_nb.mixup import ClassTable, same_class_partner
 from fairmix_nb.models import build, fold_batchnorm
 from fairmix_nb.records import provenance, write_aside
@@ -72,13 +74,14 @@ MARKS = dict(  # ratio -> (slower, faster, the least that is accepted)
         E1_art=("fgsm ART", "fgsm folded", 1.5),
         E2_torchattacks=("pgd-10 torchattacks", "pgd-10 folded", 1.3),
     ),
+    audit=dict(E3=("pyautoattack", "ours", 2.0)),
 )
 
 
 # ---- measuring
 
 
-def interleave(jobs, rounds, warmup=1, device="cpu"):
+def interleave(jobs, rounds, warmup=1, device="cpu", clock=time.perf_counter):
     "Seconds of each job in each round; the jobs take turns, another one first every round."
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     names, seconds = list(jobs), {name: [] for name in jobs}
@@ -87,10 +90,10 @@ def interleave(jobs, rounds, warmup=1, device="cpu"):
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             wait()
-            start = time.perf_counter()
+            start = clock()
             jobs[name]()
             wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -284,6 +287,126 @@ def block_step(rounds, tiny):
         bytes_per_s=copy,
         floors=floors(eager, peak, copy),
         peak_bytes={name: peak_bytes(job) for name, job in jobs.items()},
+    )
+
+
+# ---- the roofline, layer by layer and phase by phase
+
+PHASES = ("data", "attack, forward", "attack, input gradient")
+PHASES += ("training, forward", "training, both gradients", "optimizer")
+
+
+def step_in_phases(run, idx, done):
+    "The package's FGSM step, written out; `done(name)` is called at the end of each of its phases."
+    model, box, eps = run.model, run.cfg.box, run.cfg.eps
+    x, y = run.batch(idx)
+    done("data")
+    z = x.clone().requires_grad_()
+    with frozen(model):
+        loss = F.cross_entropy(model(z), y)
+        done("attack, forward")
+        adv = (x + eps * torch.autograd.grad(loss, z)[0].sign()).clamp(*box)
+    done("attack, input gradient")
+    loss = F.cross_entropy(model(adv), y)
+    done("training, forward")
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    done("training, both gradients")
+    run.optimizer.step()
+    done("optimizer")
+    return adv
+
+
+def phase_floors(run, idx, flops_per_s, bytes_per_s):
+    "FLOPs, bytes and floor of each phase, operator by operator and with all else fused."
+    found, at = {}, [0]
+    with Counter() as seen:
+
+        def done(name):
+            rows, at[0] = seen.rows[at[0] :], len(seen.rows)
+            heavy = [row for row in rows if row[0]]
+            low = [sum(max(f / flops_per_s, b / bytes_per_s) for f, b in v) for v in (rows, heavy)]
+            found[name] = dict(flops=sum(f for f, _ in rows), bytes=sum(b for _, b in rows))
+            found[name].update(each_operator=low[0], fused=low[1])
+
+        step_in_phases(run, idx, done)
+    return found
+
+
+def shapes_of(model, x):
+    "Its convolutions by what they do: (input, weight, stride) -> how many."
+    found = {}
+
+    def seen(layer, args, out):
+        key = tuple(args[0].shape[1:]), tuple(layer.weight.shape), layer.stride[0]
+        found[key] = found.get(key, 0) + 1
+
+    hooks = [m.register_forward_hook(seen) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        model(x)
+    for h in hooks:
+        h.remove()
+    return found
+
+
+def convolution_jobs(shape, weight, stride, batch):
+    "Forward, gradient of the input, gradient of the weights of one convolution, each alone."
+    x = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(weight).contiguous(memory_format=torch.channels_last)
+    pad = weight[-1] // 2
+    out = torch.conv2d(x, w, None, stride, pad)
+    g = torch.randn_like(out)
+    rest = [0], [stride] * 2, [pad] * 2, [1] * 2, False, [0] * 2, 1
+
+    def backward(*mask):
+        return torch.ops.aten.convolution_backward(g, x, w, *rest, [*mask, False])
+
+    flops = 2 * out.numel() * w[0].numel()
+    jobs = {
+        "forward": lambda: torch.conv2d(x, w, None, stride, pad),
+        "input gradient": lambda: backward(True, False),
+        "weight gradient": lambda: backward(False, True),
+    }
+    return jobs, dict(flops=flops, bytes=4 * (x.numel() + w.numel() + out.numel()))
+
+
+def block_roofline(rounds, tiny):
+    "Where the FLOPs of a step go, in processor time of one thread, which neighbours hardly move."
+    batch, threads = (16, torch.get_num_threads()) if tiny else (256, torch.get_num_threads())
+    torch.set_num_threads(1)
+    cfg, images = TrainCfg(batch=batch, eps=EPS), images_of(batch)
+    model = build("resnet20").to(memory_format=torch.channels_last).train()
+    run, idx = new_run(model, images, cfg), torch.arange(batch)
+    tops, work = ceilings(256, 4) if tiny else ceilings()
+    layers = []
+    for (shape, weight, stride), times in shapes_of(model, images.floats()[:2]).items():
+        jobs, cost = convolution_jobs(shape, weight, stride, batch)
+        name = f"{weight[1]} to {weight[0]}, {weight[-1]}x{weight[-1]}, {shape[-1]} wide"
+        layers.append((dict(name=name, times=times, **cost), jobs))
+    spent = {name: [] for name in PHASES}
+
+    def phased():
+        last = [time.process_time()]
+
+        def done(name):
+            now = time.process_time()
+            spent[name].append(now - last[0])
+            last[0] = now
+
+        step_in_phases(run, idx, done)
+
+    each = {f"{a['name']}: {p}": job for a, jobs in layers for p, job in jobs.items()}
+    seconds = interleave({**each, **tops, "step": phased}, rounds, clock=time.process_time)
+    torch.set_num_threads(threads)
+    peak, copy = (work[k] / statistics.median(seconds[k]) for k in ("gemm", "copy"))
+    return dict(
+        config=dict(batch=batch, eps=EPS, model="resnet20", size=32, clock="processor time"),
+        seconds=seconds,
+        phases={name: v[1:] for name, v in spent.items()},  # without the first, a warm-up
+        layers=[a for a, _ in layers],
+        floors=phase_floors(run, idx, peak, copy),
+        flops_per_s=peak,
+        bytes_per_s=copy,
     )
 
 
@@ -637,6 +760,70 @@ def block_peers(rounds, tiny):
     )
 
 
+# ---- an audit
+
+
+def standing(n, share=0.5):
+    "A network, images, its own answers as labels, and a radius at which `share` of them stand."
+    net, x = build("resnet20"), images_of(n).floats()
+    with torch.no_grad():
+        net.train()(x)
+    net.eval()
+    y, eps = net(x).argmax(1), 1.0
+    while True:  # its own answers are the labels; halve the radius until PGD leaves enough
+        z = pgd(net, x, y, eps, 10, generator=torch.Generator().manual_seed(0))
+        if (net(z).argmax(1) == y).float().mean() >= share:
+            return net, x, y, eps
+        eps /= 2
+
+
+def block_audit(rounds, tiny):
+    "E3: Auto-PGD of ours and of pyautoattack on the same images; E4: an audit of 1,000 images."
+    n, threads = 4 if tiny else 24, torch.get_num_threads()
+    torch.set_num_threads(1)
+    net, x, y, eps = standing(n)
+    ours = fold_batchnorm(net).to(memory_format=torch.channels_last)
+    last, left = x.contiguous(memory_format=torch.channels_last), {}
+
+    def two():
+        "APGD-CE, then APGD-T on what stands."
+        todo, g = torch.arange(n), torch.Generator().manual_seed(0)
+        for name in ("apgd-ce", "apgd-t"):
+            z = attack_by_name(name)(ours, last[todo], y[todo], Threat(eps), generator=g)
+            with torch.no_grad():
+                todo = todo[ours(z).argmax(1) == y[todo]]
+        left["ours"] = sorted(todo.tolist())
+
+    def theirs():
+        from pyautoattack import AutoAttack
+
+        how = dict(norm="Linf", eps=eps, version="custom", device="cpu", verbose=False)
+        judge = AutoAttack(net, attacks_to_run=["apgd-ce", "apgd-t"], **how)
+        judge.seed = 0
+        z = judge.run_standard_evaluation(x, y, bs=n)
+        with torch.no_grad():
+            left["pyautoattack"] = (net(z).argmax(1) == y).nonzero()[:, 0].tolist()
+
+    jobs = {"ours": two}
+    if importlib.util.find_spec("pyautoattack"):
+        jobs["pyautoattack"] = theirs
+    seconds = interleave(jobs, rounds, warmup=0, clock=time.process_time)
+    start = time.process_time()
+    attacks = ("clean", "fgsm", "pgd-2x2") if tiny else None
+    outcome = audit(net, (x, y), eps, attacks, device="cpu", diagnose=0, progress=False)
+    spent = time.process_time() - start
+    torch.set_num_threads(threads)
+    gradients = sum(a["gradients"] for a in outcome.record["attacks"].values())
+    return dict(
+        config=dict(images=n, eps=eps, model="resnet20", clock="processor time, one thread"),
+        seconds=seconds,
+        ratios=ratios("audit", seconds),
+        left=left,
+        audit=dict(attacks=outcome.attacks, seconds=spent, gradients=gradients),
+        seconds_1000=1000 * spent / n,
+    )
+
+
 # ---- a GPU
 
 
@@ -802,6 +989,7 @@ def block_crowd(rounds, tiny):
 BLOCKS = dict(
     step=block_step, data=block_data, scaling=block_scaling, tried=block_tried, crowd=block_crowd
 )
+BLOCKS.update(roofline=block_roofline, audit=block_audit)
 
 
 def write(path, blocks, device, rounds, what):

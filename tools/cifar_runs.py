@@ -21,21 +21,12 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from fairmix_nb import methods
 from fairmix_nb.audit import audit
 from fairmix_nb.data import load, long_tailed, spread_subset
 from fairmix_nb.diagnosis import Subject
-from fairmix_nb.methods import (
-    METHODS,
-    GradAlign,
-    LogitAdjusted,
-    Pipeline,
-    TrainCfg,
-    Weighted,
-    gradients_per_image,
-)
 from fairmix_nb.models import CIFAR_STD, build
 from fairmix_nb.records import pick_device, provenance, write_aside
 from fairmix_nb.risk import pack_flags
@@ -43,30 +34,16 @@ from fairmix_nb.runs import checkpoints, load_model
 from fairmix_nb.train import fit, resume, watch_closely
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = 10
-
-
-def normalised(eps):
-    "A radius of the paper, given after normalisation, in pixel units."
-    return tuple(round(eps * s, 6) for s in CIFAR_STD)
-
+CLASSES, INSIDE = 10, (0.0, 1.0)
 
 # The grid as data: what a radius and an attack in training mean, then blocks of runs.
-RADII = {
-    "n0.1": dict(eps=normalised(0.1), box=None),  # the paper's three, in normalised units
-    "n0.2": dict(eps=normalised(0.2), box=None),
-    "n0.3": dict(eps=normalised(0.3), box=None),
-    "n0.3c": dict(eps=normalised(0.3), box=(0.0, 1.0)),  # clamped to valid pixels
-    "p0.3": dict(eps=0.3, box=None),  # the same number read in pixel units
-    "8": dict(eps=8 / 255, box=(0.0, 1.0)),  # what the field uses
-}
-ATTACKS = dict(
-    fgsm=dict(attack="fgsm"),
-    nfgsm=dict(attack="nfgsm"),
-    pgd=dict(attack="pgd", steps=7),
-    noise=dict(attack="noise"),
-    galign=dict(attack="fgsm"),  # with the penalty of GradAlign
-)
+PAPER = {f"n{e}": tuple(round(e * s, 6) for s in CIFAR_STD) for e in (0.1, 0.2, 0.3)}  # normalised
+RADII = {name: dict(eps=eps, box=None) for name, eps in PAPER.items()}
+RADII["n0.3c"] = dict(eps=PAPER["n0.3"], box=INSIDE)  # clamped to valid pixels
+RADII["p0.3"] = dict(eps=0.3, box=None)  # the same number read in pixel units
+RADII["8"] = dict(eps=8 / 255, box=INSIDE)  # what the field uses
+ATTACKS = {name: dict(attack=name) for name in ("fgsm", "nfgsm", "noise")}
+ATTACKS |= dict(pgd=dict(attack="pgd", steps=7), galign=dict(attack="fgsm"))  # with GradAlign
 AUDIT = ("clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t")
 FORMS = dict(short=dict(epochs=5, audited=500), full=dict(epochs=80, audited=1000))
 
@@ -98,26 +75,23 @@ class Run:
     @property
     def cfg(self):
         "The recipe."
-        epochs = FORMS[self.form]["epochs"]
-        return TrainCfg(**RADII[self.radius], **ATTACKS[self.attack], epochs=epochs, seed=self.seed)
+        how = RADII[self.radius] | ATTACKS[self.attack]
+        return methods.TrainCfg(**how, epochs=FORMS[self.form]["epochs"], seed=self.seed)
 
     def way(self, weights=None):
         "The method; with `weights`, or another of the three that build on a pipeline."
-        base = METHODS[self.method]
-        words = {k: v for k, v in vars(base).items()} | self.more
-        words["lam_per"] = "sample" if self.lam == "sample" else "batch"
-        if self.lam == "half":
-            words["law"] = 0.5
+        words = vars(methods.METHODS[self.method]) | self.more
+        words |= dict(lam_per="sample" if self.lam == "sample" else "batch")
+        words |= dict(law=0.5) if self.lam == "half" else {}
         if weights is not None:
-            return Weighted(**words, weights=weights)
-        if "tau" in words:
-            return LogitAdjusted(**words)
-        return GradAlign(**words) if self.attack == "galign" else Pipeline(**words)
+            return methods.Weighted(**words, weights=weights)
+        galign = methods.GradAlign if self.attack == "galign" else methods.Pipeline
+        return (methods.LogitAdjusted if "tau" in words else galign)(**words)
 
 
-def runs_of(form, block, methods, radii, seeds, **kw):
+def runs_of(form, block, names, radii, seeds, **kw):
     "Seed by seed, so that pairs are complete early."
-    return [Run(form, block, m, r, s, **kw) for r in radii for s in range(seeds) for m in methods]
+    return [Run(form, block, m, r, s, **kw) for r in radii for s in range(seeds) for m in names]
 
 
 PAIR, THREE = ("at", "attack_mix"), ("at", "attack_mix", "mix_attack")
@@ -128,22 +102,18 @@ GRID = [
     *runs_of("short", 3, ("any_mix",), ["n0.3"], 2),
     *runs_of("short", 3, ("mix_attack",), ["n0.3"], 2),
     *runs_of("full", 1, PAIR, ["n0.3"], 5),
-    *runs_of("full", 2, PAIR, ["8"], 3, attack="nfgsm"),
-    *runs_of("full", 2, PAIR, ["8"], 3, attack="pgd"),
+    *(r for a in ("nfgsm", "pgd") for r in runs_of("full", 2, PAIR, ["8"], 3, attack=a)),
     *runs_of("full", 3, ("mix_attack",), ["n0.3"], 5),
     *runs_of("full", 3, CONTROLS, ["8", "n0.3"], 3),
     *runs_of("full", 3, PAIR, ["8"], 3),
-    *runs_of("full", 3, ("at",), ["8", "n0.3"], 3, attack="noise"),
-    *runs_of("full", 3, ("at",), ["8", "n0.3"], 3, attack="galign"),
-    *runs_of("full", 3, ("at",), ["8", "n0.3"], 3, weights="risk"),
+    *runs_of("full", 3, PAIR[:1], ["8", "n0.3"], 3, attack="noise"),
+    *runs_of("full", 3, PAIR[:1], ["8", "n0.3"], 3, attack="galign"),
+    *runs_of("full", 3, PAIR[:1], ["8", "n0.3"], 3, weights="risk"),
     *runs_of("full", 4, THREE, ["n0.1", "n0.2"], 5),
     *runs_of("full", 4, ("natural", "mixup"), ["n0.3"], 5),
-    *runs_of("full", 4, ("mix_attack",), ["8"], 3, attack="nfgsm"),
-    *runs_of("full", 4, ("mix_attack",), ["8"], 3, attack="pgd"),
-    *runs_of("full", 4, THREE, ["n0.3"], 3, attack="nfgsm"),
-    *runs_of("full", 4, THREE, ["n0.3"], 3, attack="pgd"),
-    *runs_of("full", 5, THREE[1:], ["n0.3"], 1, lam="half"),
-    *runs_of("full", 5, THREE[1:], ["n0.3"], 1, lam="sample"),
+    *(r for a in ("nfgsm", "pgd") for r in runs_of("full", 4, THREE[2:], ["8"], 3, attack=a)),
+    *(r for a in ("nfgsm", "pgd") for r in runs_of("full", 4, THREE, ["n0.3"], 3, attack=a)),
+    *(r for v in ("half", "sample") for r in runs_of("full", 5, THREE[1:], ["n0.3"], 1, lam=v)),
     *runs_of("full", 5, THREE, ["p0.3", "n0.3c"], 1),
     *runs_of("full", 5, ("mix_attack",), ["8"], 1),
     *runs_of("full", 6, ("natural", "at"), ["8"], 3, **RARE),
@@ -210,28 +180,18 @@ def pairs(model, images, confusion):
     distance = line.norm(dim=-1)
     line = line / distance[..., None].clamp_min(1e-30)
     spread = torch.stack([(z[y == c] @ line[c].T).std(0) for c in range(n)])
-
-    def rounded(t):
-        return [[round(v, 4) for v in row] for row in t.tolist()]
-
-    return dict(
-        part="validation", spread=rounded(spread), distance=rounded(distance), confusion=confusion
-    )
+    found = dict(spread=spread.cpu(), distance=distance.cpu())
+    rounded = {name: t.numpy().round(4).tolist() for name, t in found.items()}
+    return dict(part="validation", **rounded, confusion=confusion)
 
 
 def attacked(outcome):
     "The attacks of an audit as the record keeps them: FGSM raw, what is stronger cumulative."
-    n, found = outcome.record["n"], {}
-    for name in outcome.attacks:
+    found = {}
+    for name, kept in outcome.record["attacks"].items():
         raw = name in ("clean", "fgsm")
-        wrong, kept = outcome.counts(name, raw)[0], outcome.record["attacks"][name]
-        found[name] = dict(
-            kept,
-            n=n,
-            wrong=np.asarray(wrong).tolist(),
-            raw=raw,
-            flags=pack_flags(outcome.flags(name, raw)),  # noqa: E501
-        )
+        wrong, flags = outcome.counts(name, raw)[0].tolist(), pack_flags(outcome.flags(name, raw))
+        found[name] = dict(kept, n=outcome.record["n"], wrong=wrong, raw=raw, flags=flags)
     return found
 
 
@@ -240,8 +200,7 @@ def do_run(run, data, args):
     folder = args.runs / run.name
     data = long_tailed(data, run.ratio) if run.ratio > 1 else data
     model, start = train(run, data, folder, args).to(args.device), time.perf_counter()
-    found, threat = json.loads((folder / "record.json").read_text()), run.cfg.threat
-    names = AUDIT
+    found, threat, names = json.loads((folder / "record.json").read_text()), run.cfg.threat, AUDIT
     if args.device == "cuda" and run.radius != "n0.3c" and importlib.util.find_spec("pyautoattack"):
         names += ("autoattack",)
     kw = dict(device=args.device, progress=False)
@@ -249,31 +208,16 @@ def do_run(run, data, args):
     outcome = audit(model, test, threat, names, **kw)
     taken = audit(model, data.val, threat, ("clean", "pgd-20"), diagnose=0, **kw)
     confusion = {a: taken.confusion(a).tolist() for a in taken.attacks}
-    curves = {k: [row.get(k) for row in found["curves"]] for k in found["curves"][-1]}
-    keys = ("cfg", "method", "data", "provenance", "device", "seconds", "gradient_evaluations")
-    record = dict(
-        schema=1,
-        kind="cifar10 run",
-        name=run.name,
-        form=run.form,
-        block=run.block,
-        method=run.method,
-        radius=run.radius,
-        seed=run.seed,
-        model="resnet20",
-        way=found["method"],
-        **{k: found[k] for k in keys if k != "method"},
-        epochs_done=found["epochs_done"],
-        finished=found["finished"],
-        watched=min(500, len(data.val)),
-        curves=curves,
-        test=test.digest(),
-        attacks=attacked(outcome),
-        diagnosis=outcome.record["diagnosis"],
-        probes=probes(model, test.to(args.device), threat),
-        pairs=pairs(model, data.val.to(args.device), confusion),
-        audit=dict(provenance=args.origin, seconds=round(time.perf_counter() - start, 1)),
-    )
+    keys = ("cfg", "data", "provenance", "device", "seconds", "gradient_evaluations")
+    record = dict(schema=1, kind="cifar10 run", name=run.name, model="resnet20")
+    record |= {k: getattr(run, k) for k in ("form", "block", "method", "radius", "seed")}
+    record |= {k: found[k] for k in (*keys, "epochs_done", "finished")}
+    record |= dict(way=found["method"], watched=min(500, len(data.val)), test=test.digest())
+    record["curves"] = {k: [row.get(k) for row in found["curves"]] for k in found["curves"][-1]}
+    record |= dict(attacks=attacked(outcome), diagnosis=outcome.record["diagnosis"])
+    record["probes"] = probes(model, test.to(args.device), threat)
+    record["pairs"] = pairs(model, data.val.to(args.device), confusion)
+    record["audit"] = dict(provenance=args.origin, seconds=round(time.perf_counter() - start, 1))
     write_aside(args.records / f"{run.name}.json", json.dumps(record))
 
 
@@ -290,15 +234,11 @@ def missing(run, args):
 ASSUMED = dict(cpu=3.3e-3, cuda=8e-6)
 
 
-def size(run, n=49_000):
-    "Training images of a run, of the `n` there are: a ratio of 10 leaves two fifths."
-    return n if run.ratio == 1 else round(0.4085 * n)
-
-
-def seconds(run, rate):
-    "Training alone; audits add about a tenth on a GPU."
-    weights = (1.0,) * CLASSES if run.weights else None
-    return size(run) * run.cfg.epochs * gradients_per_image(run.way(weights), run.cfg) * rate
+def seconds(run, rate, n=49_000):
+    "Training alone, on `n` images or, at a ratio of 10, two fifths; audits add a tenth on a GPU."
+    way = run.way((1.0,) * CLASSES if run.weights else None)
+    n = n if run.ratio == 1 else round(0.4085 * n)
+    return n * run.cfg.epochs * methods.gradients_per_image(way, run.cfg) * rate
 
 
 def price_list(runs, args):
@@ -306,16 +246,12 @@ def price_list(runs, args):
     found = [json.loads(p.read_text()) for p in args.records.glob("*.json")]
     rates = [r["seconds"] / r["gradient_evaluations"] for r in found if r["device"] == args.device]
     rate = sum(rates) / len(rates) if rates else ASSUMED[args.device]
-    total = 0
-    for run in runs:
-        todo, price = missing(run, args), seconds(run, rate)
-        total += price * todo
+    prices = [(run, missing(run, args), seconds(run, rate)) for run in runs]
+    for run, todo, price in prices:
         print(f"block {run.block}  {run.name:44} {'to do' if todo else 'done':6} {price:8.0f} s")
     how = f"measured by {len(rates)} records" if rates else "assumed"
-    print(
-        f"{len(runs)} runs, {total / 3600:.1f} h to do; {rate:.2g} s a gradient "
-        f"({args.device}, {how})"
-    )
+    hours = sum(todo * price for _, todo, price in prices) / 3600
+    print(f"{len(runs)} runs, {hours:.1f} h to do; {rate:.2g} s a gradient ({args.device}, {how})")
 
 
 def rehearsal(args):

@@ -2,6 +2,7 @@
 """Execute the notebooks and store their outputs, or check that the stored outputs are current.
 
     python tools/run_notebooks.py [--check] [--flags "slow cuda"] [nbs/01_gaussian.ipynb ...]
+    python tools/run_notebooks.py --check --slowest 20         # and the cells that take longest
 
 nbdev's directives are obeyed: a cell marked `#| eval: false`, or with a flag of `tst_flags` that
 `--flags` does not name, is not run and keeps the outputs it has. Two runs give identical files:
@@ -36,6 +37,7 @@ class Client(NotebookClient):
     "Runs only the cells that nbdev_test would run."
 
     skip: frozenset = frozenset()
+    took: list = []
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         found = directives(cell)
@@ -45,7 +47,20 @@ class Client(NotebookClient):
             or self.skip & found.keys()
         ):
             return cell
-        return await super().async_execute_cell(cell, cell_index, **kwargs)
+        before = cpu_seconds(self.km.provisioner.pid)
+        done = await super().async_execute_cell(cell, cell_index, **kwargs)
+        spent = cpu_seconds(self.km.provisioner.pid) - before
+        self.took.append((spent, cell_index, cell.source))
+        return done
+
+
+def cpu_seconds(pid):
+    "Processor time of a process and what it has waited for; elapsed time without /proc."
+    try:
+        numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    except OSError:
+        return time.perf_counter()
+    return sum(map(int, numbers)) / os.sysconf("SC_CLK_TCK")
 
 
 def without_widgets(cell):
@@ -54,8 +69,8 @@ def without_widgets(cell):
         cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
 
 
-def execute(path: Path, skip: frozenset):
-    "A cleaned, executed copy of the notebook `path`."
+def execute(path: Path, skip: frozenset, took: list | None = None):
+    "A cleaned, executed copy of the notebook `path`; seconds, number and text of a cell in `took`."
     nb = from_dict(copy.deepcopy(dict(read_nb(path))))
     for cell in nb.cells:
         cell.pop("idx_", None)
@@ -66,7 +81,7 @@ def execute(path: Path, skip: frozenset):
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    client.skip = skip
+    client.skip, client.took = skip, [] if took is None else took
     client.execute()
     for key in ("language_info", "widgets"):
         nb.metadata.pop(key, None)
@@ -120,10 +135,10 @@ def differences(old, new) -> list[str]:
     return out
 
 
-def handle(path: Path, skip: frozenset, check: bool) -> bool:
-    start = time.time()
+def handle(path: Path, skip: frozenset, check: bool, slowest: list) -> bool:
+    start, took = time.time(), []
     try:
-        new = execute(path, skip)
+        new = execute(path, skip, took)
     except CellExecutionError as e:
         print(f"{path.name}: {e}", file=sys.stderr)
         return False
@@ -134,7 +149,10 @@ def handle(path: Path, skip: frozenset, check: bool) -> bool:
         aside = path.with_suffix(".tmp")
         write_nb(new, aside)
         os.replace(aside, path)
-    print(f"{path.name}: {'differs' if found else 'ok'}, {time.time() - start:.0f} s", flush=True)
+    spent = sum(seconds for seconds, *_ in took)
+    slowest += [(seconds, path.stem, *rest) for seconds, *rest in took]
+    said = f"{time.time() - start:.0f} s, {spent:.0f} s of processor time"
+    print(f"{path.name}: {'differs' if found else 'ok'}, {said}", flush=True)
     return not found
 
 
@@ -145,6 +163,7 @@ def main() -> int:
     ap.add_argument("notebooks", nargs="*", type=Path)
     ap.add_argument("--check", action="store_true", help="compare, write nothing")
     ap.add_argument("--flags", default="", help="flags whose cells are run too")
+    ap.add_argument("--slowest", type=int, default=0, metavar="N", help="list the N slowest cells")
     ap.add_argument("--workers", type=int, default=2, help="notebooks run at a time")
     args = ap.parse_args()
     cfg = get_config()
@@ -159,10 +178,14 @@ def main() -> int:
         PYTHONPATH=os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     )
     skip = frozenset(cfg.tst_flags.split()) - set(args.flags.split())
+    slowest = []
     with ThreadPoolExecutor(args.workers) as pool:
-        return (
-            0 if all(list(pool.map(lambda p: handle(p.resolve(), skip, args.check), paths))) else 1
-        )
+        jobs = pool.map(lambda p: handle(p.resolve(), skip, args.check, slowest), paths)
+        right = all(list(jobs))
+    for seconds, name, i, text in sorted(slowest, reverse=True)[: args.slowest]:
+        first = next(line for line in text.splitlines() if line.strip() and line[:2] != "#|")
+        print(f"{seconds:6.1f} s  {name} [{i}]  {first[:70]}")
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,213 @@
+"The published cures as a user meets them: trained, renamed, resumed, refused."
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fairmix_nb import data as D
+from fairmix_nb import train as T
+from fairmix_nb.cures import CFA, CURES, DAFA, FRL, WorstCase
+from fairmix_nb.methods import Averaged, Method, TrainCfg, describe, described, gradients_per_image
+
+CFG = TrainCfg(eps=0.1, epochs=3, batch=40, lr=3e-3, attack="pgd", steps=2)
+INNER = {name: getattr(m, "inner", m) for name, m in CURES.items()}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    whole = D.load("digits", seed=0, per_class=8, progress=False)
+    few = torch.cat([(whole.val.y == c).nonzero()[:3, 0] for c in range(10)])
+    return replace(whole, val=whole.val.subset(few))
+
+
+def network(n_cls=10, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, n_cls))
+
+
+def fit(data, method, cfg=CFG, net=None, **kw):
+    net = net or network(data.train.n_cls)
+    return T.fit(net, data, cfg, method, device="cpu", progress=False, **kw)
+
+
+def same_bits(a, b):
+    pairs = zip(a.state_dict().values(), b.state_dict().values())
+    return all(torch.equal(v, w) for v, w in pairs)
+
+
+# renaming the classes renames what is remembered, and the outputs, and nothing else
+
+BLIND = [n for n in INNER if n not in ("fairtat", "trix")]  # those draw classes by number
+
+
+def renamed(data, to):
+    "The same images, class c called to[c]."
+    parts = {p: replace(getattr(data, p), y=to[getattr(data, p).y]) for p in ("train", "val")}
+    return replace(data, **parts)
+
+
+def with_outputs(net, to):
+    net = copy.deepcopy(net)
+    net[3].weight.data[to] = net[3].weight.data.clone()
+    net[3].bias.data[to] = net[3].bias.data.clone()
+    return net
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_renaming_the_classes_renames_the_memory(digits, name):
+    to, cfg = torch.randperm(10, generator=torch.Generator().manual_seed(1)), replace(CFG, epochs=2)
+    one = fit(digits, INNER[name], cfg, network())
+    two = fit(renamed(digits, to), INNER[name], cfg, with_outputs(network(), to))
+    x = digits.test.floats()
+    torch.testing.assert_close(two.model(x)[:, to], one.model(x), rtol=1e-3, atol=1e-4)
+    for row, other in zip(one.curves, two.curves):
+        for what in row:
+            if isinstance(row[what], list):
+                there = torch.tensor(other[what])[to]
+                torch.testing.assert_close(there, torch.tensor(row[what]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_comparison_would_notice(digits):
+    class Favours(Method):
+        def step(self, run, x, y):
+            return (1 + (y == 3)) * super().step(run, x, y)
+
+    to = torch.arange(10).roll(1)
+    one = fit(digits, Favours(), CFG, network())
+    two = fit(renamed(digits, to), Favours(), CFG, with_outputs(network(), to))
+    x = digits.test.floats()
+    assert not torch.allclose(two.model(x)[:, to], one.model(x), rtol=1e-3, atol=1e-4)
+
+
+# the test part is not read
+
+
+class Sealed(D.ImageSet):
+    "Its digest and size may be asked for, an image or a label not."
+
+    def __getattribute__(self, name):
+        if name in ("x", "y", "floats", "subset", "counts", "to"):
+            raise AssertionError(f"the test part was asked for {name}")
+        return super().__getattribute__(name)
+
+    def __post_init__(self):
+        pass
+
+    def __len__(self):
+        return 10
+
+    def digest(self):
+        return "sealed"
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_nothing_is_learnt_from_the_test_part(digits, name):
+    sealed = replace(digits, test=Sealed(digits.test.x, digits.test.y, digits.test.classes))
+    with pytest.raises(AssertionError, match="asked for x"):
+        len(sealed.test.x)
+    fit(sealed, CURES[name], replace(CFG, epochs=2))
+
+
+# what a run costs, whether it is stopped, and what it starts from
+
+BETWEEN = dict(frl=20, wat=10) | {n: 10 for n, m in CURES.items() if isinstance(m, Averaged)}
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_the_price_is_the_step_s_and_what_lies_between_steps(digits, name):
+    n, m = len(digits.train), len(digits.val)
+    paid = fit(digits, name).record["gradient_evaluations"]
+    extra = 10 * n if name == "confsr" else BETWEEN.get(name, 0) * m
+    assert paid == CFG.epochs * (gradients_per_image(name, CFG) * n + extra)
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_resumed_is_as_if_it_had_never_stopped(digits, name, tmp_path):
+    whole = fit(digits, name)
+
+    def pull(row):
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(digits, name, out=tmp_path, on_epoch=pull)
+    again = T.resume(tmp_path, network(), digits, progress=False)
+    assert same_bits(whole.model, again.model)
+    assert whole.curves == again.curves
+
+
+@pytest.mark.parametrize("name", ["frl", "faal", "confsr", "dafa"])
+def test_fine_tuning_begins_with_the_checkpoint(digits, name, tmp_path):
+    fit(digits, "at", replace(CFG, epochs=1), out=tmp_path / "at")
+    start = tmp_path / "at" / "last.pt"
+    still = replace(CFG, epochs=1, lr=1e-12, optimizer="sgd")
+    tuned = fit(digits, name, still, network(seed=5), start_from=start)
+    begun = fit(digits, "at", replace(CFG, epochs=1))
+    x = digits.test.floats()
+    torch.testing.assert_close(tuned.model(x), begun.model(x), rtol=1e-5, atol=1e-5)
+    assert tuned.record["start_from"]
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_a_cure_is_a_value(name):
+    assert described(describe(CURES[name])) == CURES[name]
+
+
+# few classes, many classes, missing ones
+
+
+def blobs(n_cls, per_class=4, missing=()):
+    "Images that are easy to tell apart; validation without the classes in `missing`."
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.randint(256, (n_cls, 1, 8, 8), generator=rng)
+    y = torch.arange(n_cls).repeat(per_class)
+    x = (centres[y] + torch.randint(-20, 20, (len(y), 1, 8, 8), generator=rng)).clamp(0, 255)
+    images = D.ImageSet(x.byte(), y, tuple(map(str, range(n_cls))))
+    kept = torch.tensor([c not in missing for c in y.tolist()])
+    val = images.subset(kept.nonzero()[:, 0])
+    return D.Data(images, val, images, "blobs", 0, dict(rule="given"))
+
+
+@pytest.mark.parametrize("n_cls", [2, 100])
+@pytest.mark.parametrize("name", CURES)
+def test_two_classes_and_a_hundred(name, n_cls):
+    done = fit(blobs(n_cls), name, replace(CFG, epochs=1, batch=8, lr=1e-3))
+    assert all(v.isfinite().all() for v in done.model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_classes_that_a_batch_lacks(name):
+    "Batches of one image: nine of ten classes are missing, always."
+    done = fit(blobs(10, 2), name, replace(CFG, epochs=1, batch=1, lr=1e-4))
+    assert all(v.isfinite().all() for v in done.model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["frl", "wat"])
+def test_a_class_without_validation_is_refused_before_the_first_step(name, tmp_path):
+    with pytest.raises(ValueError, match="validation images of every class, got none of 1, 2"):
+        fit(blobs(4, missing=(1, 2)), name, replace(CFG, batch=8), out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_weight_that_is_not_positive_stops_the_run_with_class_and_epoch(digits, tmp_path):
+    says = r"the method's weight of class '\d' became -[\d.]+ in epoch 2.*last.pt \(epoch 1\)"
+    with pytest.raises(FloatingPointError, match=says):
+        fit(digits, DAFA(scale=500.0), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: CFA(basis=1), "did you mean 'base'"),
+        (lambda: FRL(rate=float("nan")), r"rate must lie in \[0, inf\), got nan"),
+        (lambda: WorstCase(adversary="stdd"), "did you mean 'std'"),
+        (lambda: WorstCase(strength=-1.0), r"strength must lie in \[0, inf\), got -1"),
+    ],
+)
+def test_what_is_no_cure_is_refused_with_the_nearest_that_is(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

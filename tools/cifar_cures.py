@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""The cures that fine-tune, from robust CIFAR-10 networks, each before and after mending.
+
+    python tools/cifar_cures.py --data ~/cifar10            # goes on where it was stopped
+    python tools/cifar_cures.py --rehearse --data ~/cifar10 # the whole way in a few minutes
+
+Base: ResNet-20, N-FGSM at 8/255, crop and flip, SGD with a cyclic schedule, 15 epochs; 300 training
+images a class are held out for every choice. From each base the methods and AT itself, the control,
+train two epochs more at the rates of FAAL (.01, .001). Judged on `--test` test images: clean and by
+margins (Auto-PGD towards every wrong class), without and with offsets chosen on the held-out
+images; AutoAttack on the first `--autoattack` of them where asked for. A seed is finished before
+the next begins; runs/cifar_cures keeps the networks, the record is written after every one.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from digits_cures import clean_margins
+from fairmix_nb.mend import margins, mend_at, wrong_at
+
+from fairmix_nb.data import load, spread_subset
+from fairmix_nb.methods import FAST, METHODS, TrainCfg, describe
+from fairmix_nb.models import build
+from fairmix_nb.records import SCHEMA, provenance, write_aside
+from fairmix_nb.report import attack_errors
+from fairmix_nb.risk import pack_flags
+from fairmix_nb.runs import checkpoints
+from fairmix_nb.train import fit, resume
+
+ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT, ROBUST = 300, dict(eps=8 / 255, attack="nfgsm", bn_attack="eval")
+TUNED = ("at", "trades", "ccm", "dafa", "frl", "faal", "codat", "variance", "wat", "cfol")
+TUNED += ("fairtat", "trix", "confsr", "skg", "attack_mix")
+
+
+def recipes(epochs, tuning, seed):
+    "Of the base, and of what goes on from it."
+    base = TrainCfg(**FAST | dict(epochs=epochs), **ROBUST, seed=seed)
+    how = dict(optimizer="sgd", batch=128, lr=0.01, schedule=("step", 1, 0.1))
+    how.update(weight_decay=5e-4, augment="crop_flip", epochs=tuning)
+    return base, TrainCfg(**how, **ROBUST, seed=seed)
+
+
+def trained(args, data, name, cfg, start=None):
+    "A network that is there, gone on with, or new; its record."
+    out, tuned = args.runs / f"{name}-{'tuned' if start else 'base'}-{cfg.seed}", bool(start)
+    net, kw = build(args.model, data.train.n_cls, 3, cfg.seed), dict(device=args.device)
+    kw.update(progress=False, on_epoch=lambda row: print(said(out.name, row), flush=True))
+    if checkpoints(out):
+        return resume(out, net, data, cfg, METHODS[name], **kw)
+    return fit(net, data, cfg, name, out=out, start_from=start if tuned else None, **kw)
+
+
+def said(name, row):
+    numbers = {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}
+    return f"{time.strftime('%H:%M:%S')} {name} epoch {row['epoch']} {numbers}"
+
+
+def judged(args, net, data, threat):
+    "Flags of the test images in order of class, by attack, and the offsets."
+    n_cls = data.test.n_cls
+    val, images = spread_subset(data.val, args.val), spread_subset(data.test, args.test)
+    how, y = dict(steps=args.steps, device=args.device), images.y.numpy()
+    chosen = mend_at(margins(net, val.floats(), val.y, threat, **how), val.y.numpy()).offsets
+    net, none, x = net.cpu().eval(), np.zeros(n_cls), images.floats()
+    matrices = dict(
+        clean=clean_margins(net, x, y), margins=margins(net, x, images.y, threat, **how)
+    )
+    flags = {k: pack_flags(wrong_at(m, y, none)) for k, m in matrices.items()}
+    flags |= {f"mended {k}": pack_flags(wrong_at(m, y, chosen)) for k, m in matrices.items()}
+    if args.autoattack:
+        few = spread_subset(data.test, args.autoattack)
+        net.to(args.device)
+        wrong = attack_errors(net, few.to(args.device), threat, ("autoattack",))["autoattack"]
+        flags["autoattack"] = pack_flags(wrong.cpu().numpy())
+    return dict(flags=flags, offsets=chosen.round(4).tolist())
+
+
+def of_seed(args, seed, done):
+    "The runs of a seed that are not done yet, as they end: the base, then what goes on from it."
+    data = load(
+        args.data, seed, val_per_class=args.held_out, per_class=args.per_class, progress=False
+    )
+    base, cfg = recipes(args.epochs, args.tuning, seed)
+    jobs = [("at", base, None)]
+    jobs += [(name, cfg, args.runs / f"at-base-{seed}" / "last.pt") for name in args.methods]
+    for name, recipe, start in jobs:
+        key = f"{name}, tuned" if start else name
+        if (key, seed) in done:
+            continue
+        found = trained(args, data, name, recipe, start)
+        spent = found.record["gradient_evaluations"] / len(data.train)
+        about = dict(method=key, seed=seed, gradients=round(spent, 2))
+        yield (
+            about
+            | dict(seconds=round(found.record["seconds"], 1))
+            | judged(args, found.model, data, recipe.threat)
+        )
+
+
+def frame(args):
+    "The record before its first run."
+    data = load(args.data, 0, val_per_class=args.held_out, per_class=args.per_class, progress=False)
+    base, tuned = (json.loads(json.dumps(asdict(c))) for c in recipes(args.epochs, args.tuning, 0))
+    counts = {k: spread_subset(data.test, n).counts() for k, n in judged_on(args).items()}
+    return dict(
+        schema=SCHEMA,
+        kind="cifar cures",
+        model=args.model,
+        base=base,
+        tuned=tuned,
+        steps=args.steps,
+        images=counts,
+        val=args.val,
+        methods={name: describe(METHODS[name]) for name in args.methods},
+        classes=list(data.test.classes),
+        data=data.describe(),
+        provenance=provenance(args.device),
+        device=args.device,
+        runs=[],
+    )
+
+
+def judged_on(args):
+    return dict(margins=args.test) | (dict(autoattack=args.autoattack) if args.autoattack else {})
+
+
+def main(words=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", default="cifar10", help="'cifar10', or a folder with train/ and test/")
+    p.add_argument("--out", type=Path, default=ROOT / "nbs" / "results" / "cifar_cures.json")
+    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "cifar_cures")
+    p.add_argument("--methods", nargs="+", default=list(TUNED), choices=sorted(METHODS))
+    p.add_argument("--model", default="resnet20", help="resnet18 with a GPU")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--epochs", type=int, default=15)
+    p.add_argument("--tuning", type=int, default=2, help="epochs from the base")
+    p.add_argument("--steps", type=int, default=20, help="of the margins, for each wrong class")
+    p.add_argument("--val", type=int, default=1000, help="held-out images that offsets see")
+    p.add_argument("--test", type=int, default=2000)
+    p.add_argument("--autoattack", type=int, default=0, help="test images")
+    p.add_argument("--rehearse", action="store_true", help="few images, one epoch, one seed")
+    args = p.parse_args(words)
+    args.held_out, args.per_class = HELD_OUT, None
+    if args.rehearse:
+        args.held_out, args.per_class, args.val, args.test = 10, 40, 50, 50
+        args.seeds, args.epochs, args.tuning, args.steps = 1, 1, 1, 2
+        args.autoattack = min(args.autoattack, 20)
+    torch.set_num_threads(1)
+    record = frame(args)
+    if args.out.exists():
+        kept = json.loads(args.out.read_text())
+        differ = [k for k in ("model", "base", "tuned", "steps", "images") if kept[k] != record[k]]
+        if differ:
+            raise SystemExit(f"{args.out} was made with another {', '.join(differ)}")
+        record["runs"] = kept["runs"]
+    for seed in range(args.seeds):
+        done = {(r["method"], r["seed"]) for r in record["runs"]}
+        for run in of_seed(args, seed, done):
+            record["runs"].append(run)
+            write_aside(args.out, json.dumps(record))
+            print(f"{time.strftime('%H:%M:%S')} {run['method']}, seed {seed}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
