@@ -66,23 +66,21 @@ def packed(matrix):
 
 
 def matrices(net, data, out, names):
-    "Matrices, each with its labels and seconds."
+    "Matrices, each with its labels."
     for name in names:
         part, n, times, steps = MATRICES[name]
         images, folder = spread_subset(getattr(data, part), n), out / name
-        kw, start = dict(out=folder, resume=folder.exists(), steps=steps), time.perf_counter()
+        kw = dict(out=folder, resume=folder.exists(), steps=steps)
         found = margins(net, images.floats(), images.y, Threat(times * EPS), **kw)
         clean = margins(net, images.floats(), images.y, Threat(0.0)) if name == "test" else None
         print(f"{time.strftime('%H:%M:%S')} {out.name} {name} {found.shape}", flush=True)
-        seconds = round(time.perf_counter() - start, 1)
         yield (
             name,
             dict(
                 part=part,
                 eps=times * EPS,
                 steps=steps,
-                seconds=seconds,
-                y=images.y.tolist(),
+                    y=images.y.tolist(),
                 margins=packed(found),
                 **({} if clean is None else dict(clean=packed(clean))),
             ),
