@@ -9,7 +9,7 @@ __all__ = ['FEW', 'RED', 'GREEN', 'wrong_at', 'risks_at', 'tie_of', 'linear_marg
            'text_of', 'plot_mended', 'mended_html', 'record_of', 'save', 'mend', 'into_bias', 'mend_checkpoint',
            'check_same_data', 'bars', 'place', 'explore']
 
-# %% ../nbs/19_mend.ipynb #c004x337432
+# %% ../nbs/19_mend.ipynb #c004x993740
 import base64
 import copy
 import json
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/19_mend.ipynb #c005x704840
+# %% ../nbs/19_mend.ipynb #c005x997906
 from .attacks import Climb, Threat, one_of
 from .audit import as_trained, check_model, chunks_of
 from .data import load, rank_in_class
@@ -36,7 +36,7 @@ from .report import short, spread_rows
 from .risk import classwise_risk, exact_interval, pack_flags, paired_bootstrap
 from .runs import load_model, read_weights
 
-# %% ../nbs/19_mend.ipynb #c010x625530
+# %% ../nbs/19_mend.ipynb #c010x686522
 def wrong_at(
     margins: np.ndarray,  # `(n, C)`, see `margins`; infinite at the image's own class
     y: np.ndarray,  # classes `(n,)`
@@ -76,7 +76,7 @@ def linear_margins(
     margins[np.arange(len(y)), y] = np.inf
     return margins
 
-# %% ../nbs/19_mend.ipynb #c014x856652
+# %% ../nbs/19_mend.ipynb #c014x634325
 def by_class(
     margins: np.ndarray,  # `(n, C)`
     y: np.ndarray,  # classes `(n,)`
@@ -127,7 +127,7 @@ def minimax(
             start = found  # a harder level needs no smaller offsets
     return best, float(levels[high])
 
-# %% ../nbs/19_mend.ipynb #c018x724467
+# %% ../nbs/19_mend.ipynb #c018x533351
 def on_a_line(
     groups: list,  # of `by_class`
     b: np.ndarray,  # offsets `(C,)`
@@ -135,11 +135,13 @@ def on_a_line(
     costs: list,  # for each class `(n_c + 1,)`: what 0, 1, ... errors cost
 ) -> tuple:  # where to put it, what all classes cost there, what they cost where it is
     "The best value of one offset: the cost is a staircase, its steps are entries of the matrix"
-    places, changes, total = [], [], 0.0
+    places, changes, total, here = [], [], 0.0, 0.0
     for j, m in enumerate(groups):
         lifted = b[:, None] - m
+        highest = lifted.max(0)
+        here += costs[j][(highest > b[j]).sum()]
         if j == c:  # safe from the highest rival on
-            at, errors = np.sort(lifted.max(0)), np.arange(m.shape[1], -1, -1)
+            at, errors = np.sort(highest), np.arange(m.shape[1], -1, -1)
         else:  # safe up to where class c becomes a rival, unless another class wins already
             rest = np.delete(lifted, c, 0).max(0)
             at = np.sort((b[j] + m[c])[rest <= b[j]])
@@ -151,14 +153,13 @@ def on_a_line(
     order = np.argsort(places, kind="stable")
     places = places[order]
     values = total + np.concatenate([[0], np.cumsum(changes[order])])
-    here = values[np.searchsorted(places, b[c], side="left")]
     width = np.concatenate([[0], np.diff(places), [0]])  # the two ends are no place to be
     inside = np.where(width > 0, values, np.inf)
     best = np.flatnonzero(inside <= inside.min() + 1e-12)
     k = best[np.argmax(width[best])]
     return (places[k - 1] + places[k]) / 2, inside[k], here
 
-# %% ../nbs/19_mend.ipynb #c019x16549
+# %% ../nbs/19_mend.ipynb #c019x846332
 def descend(
     groups: list,  # of `by_class`
     b: np.ndarray,  # offsets to begin with
@@ -186,7 +187,7 @@ def descend(
         b[c] = place if value <= here + 1e-12 else b[c]
     return b - b.mean()
 
-# %% ../nbs/19_mend.ipynb #c022x504840
+# %% ../nbs/19_mend.ipynb #c022x63148
 @dataclass(frozen=True, eq=False)
 class Front:
     "What is reached on one matrix: from the best average to the best worst class"
@@ -242,7 +243,7 @@ class Front:
         inner = [self.at_level(v) for v in np.linspace(top, low, k)[1:-1]]
         return [self.plain, *inner, self.fair]
 
-# %% ../nbs/19_mend.ipynb #c031x889951
+# %% ../nbs/19_mend.ipynb #c031x454329
 def deepest(
     net: Callable,  # logits
     x: Tensor,  # `(b, ...)`
@@ -273,7 +274,7 @@ def deepest(
         least[rows] = torch.minimum(least[rows], -top.double())
     return least
 
-# %% ../nbs/19_mend.ipynb #c033x849617
+# %% ../nbs/19_mend.ipynb #c033x82142
 def as_text(*job) -> str:
     "What `deepest` finds, for a journal"
     return base64.b64encode(deepest(*job).cpu().numpy().tobytes()).decode()
@@ -293,7 +294,7 @@ def columns_of(net, chunks, n_cls, threat, steps, restarts, seed, journal, bar):
         rows.append(np.stack(parts, 1))
     return np.concatenate(rows)
 
-# %% ../nbs/19_mend.ipynb #c034x420064
+# %% ../nbs/19_mend.ipynb #c034x136297
 def margins(
     model: Callable,  # logits `(n, C)` for x in `threat.box`; a module is copied, never changed
     x: Tensor,  # images `(n, ...)`
@@ -333,7 +334,7 @@ def margins(
         raise FloatingPointError(f"margins must be numbers, got nan at image {i}, class {k}")
     return found
 
-# %% ../nbs/19_mend.ipynb #c039x803400
+# %% ../nbs/19_mend.ipynb #c039x415886
 class Offset(nn.Module):
     "Adds a number to each logit"
 
@@ -358,7 +359,7 @@ def with_offsets(
     mended = nn.Sequential(copy.deepcopy(model), Offset(offsets))
     return mended.to(next((p.device for p in model.parameters()), "cpu")).eval()
 
-# %% ../nbs/19_mend.ipynb #c040x93289
+# %% ../nbs/19_mend.ipynb #c040x754497
 def check_objective(
     objective: object,  # see `mend`
 ) -> object:  # the same, numbers as floats
@@ -392,7 +393,7 @@ def offsets_for(
         most = front.risks(np.zeros(len(front.fair))).mean() + most / 100
     return front.within(most)
 
-# %% ../nbs/19_mend.ipynb #c042x630811
+# %% ../nbs/19_mend.ipynb #c042x357017
 def part_of_outcome(matrix, y, offsets):
     "The piece of a record that one matrix gives at some offsets, images in order of class."
     wrong = wrong_at(matrix, y, offsets)[np.argsort(y, kind="stable")]
@@ -440,7 +441,7 @@ class Mended:
         rows = [(front.risks(b), b) for b in front.points(k)]
         return [dict(average=r.mean(), worst=r.max(), offsets=b) for r, b in rows]
 
-# %% ../nbs/19_mend.ipynb #c043x663831
+# %% ../nbs/19_mend.ipynb #c043x679982
 def mend_at(
     margins: np.ndarray | dict,  # `(n, C)`; or name -> matrix, chosen on the last
     y: np.ndarray,  # classes `(n,)`
@@ -464,7 +465,7 @@ def mend_at(
         raise ValueError(f"every class needs images to choose its offset on, got none of {lost}")
     return Mended(offsets_for(Front(last, y), objective), names, y, matrices, objective)
 
-# %% ../nbs/19_mend.ipynb #c045x363669
+# %% ../nbs/19_mend.ipynb #c045x939975
 def crossfit(
     margins: np.ndarray,  # `(n, C)`
     y: np.ndarray,  # classes `(n,)`, at least `folds` images of each
@@ -483,7 +484,7 @@ def crossfit(
         wrong[held] = wrong_at(margins[held], y[held], b)
     return wrong
 
-# %% ../nbs/19_mend.ipynb #c047x128684
+# %% ../nbs/19_mend.ipynb #c047x883520
 FEW = 20  # images of a class, below which an offset is a guess
 
 
@@ -517,7 +518,7 @@ def notes_of(
         line += ": on other images the worst class may only move elsewhere"
     return [*said, line]
 
-# %% ../nbs/19_mend.ipynb #c048x718405
+# %% ../nbs/19_mend.ipynb #c048x249028
 def rows_of(
     done: Mended,
 ) -> tuple:  # rows by class, rows over the classes, rows of the front
@@ -546,7 +547,7 @@ def text_of(
 
 Mended.__str__ = text_of
 
-# %% ../nbs/19_mend.ipynb #c050x873468
+# %% ../nbs/19_mend.ipynb #c050x649960
 def plot_mended(done: Mended) -> plt.Figure:
     "Risks by class before and after, and where both lie on the front"
     fig, (bars, ax) = plt.subplots(
@@ -582,7 +583,7 @@ def mended_html(
 
 Mended.plot, Mended._repr_html_ = plot_mended, mended_html
 
-# %% ../nbs/19_mend.ipynb #c052x359681
+# %% ../nbs/19_mend.ipynb #c052x108482
 def record_of(
     done: Mended,
 ) -> dict:  # plain data
@@ -634,7 +635,7 @@ def mend(
     done = mend_at(dict(clean=clean, margins=found), y.cpu().numpy(), objective, names)
     return replace(done, model=with_offsets(model, done.offsets), threat=threat)
 
-# %% ../nbs/19_mend.ipynb #c058x117779
+# %% ../nbs/19_mend.ipynb #c058x598137
 def into_bias(
     net: nn.Sequential,  # ends in a linear layer with bias, as all of `MODELS` do
     offsets: np.ndarray,  # `(C,)`
@@ -682,7 +683,7 @@ def check_same_data(path, found, images):
             "validation images may be among those it was trained on"
         )
 
-# %% ../nbs/19_mend.ipynb #c075x881138
+# %% ../nbs/19_mend.ipynb #c075x174682
 RED, GREEN = "#c44e52", "#55a868"
 
 
@@ -714,7 +715,7 @@ def place(points, here):
         '<text x="490" y="174">average risk: right; worst class: up</text>'
     )
 
-# %% ../nbs/19_mend.ipynb #c076x392004
+# %% ../nbs/19_mend.ipynb #c076x482183
 def explore(
     done: Mended,
 ) -> object:  # a widget

@@ -175,7 +175,7 @@ def test_norms_radii_and_modules(norm, eps):
 def test_in_a_comparison(tmp_path):
     cfg = TrainCfg(eps=0.1, epochs=1, batch=64, lr=3e-3)
     how = dict(cfg=cfg, progress=False, attacks=("clean", "pgd-2"), val_per_class=20)
-    with pytest.raises(ValueError, match="mend must be one of at, got 'trades'"):
+    with pytest.raises(ValueError, match="mend must be one of 'at', got 'trades'"):
         compare("digits", ("at",), (0,), mend=("trades",), **how)
     done = compare("digits", ("at", "natural"), (0,), mend=("at",), out=tmp_path / "c", **how)
     assert done.methods == ["at", "at + mend", "natural"]
