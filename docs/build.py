@@ -36,6 +36,9 @@ def text_of(cell) -> str:
     site."""
     text = re.sub(r"\[!\[([^\]]*)\]\([^)]*\)\]\(([^)]*)\)", r"[\1](\2)", book.source(cell))
     text = text.replace("](../docs/CHANGELOG.md)", "](changelog.md)")
+    text = re.sub(
+        r"(?<=\]\()([\w/.]*\.ipynb)?#[^)\s]+", lambda m: m[0].lower(), text
+    )  # names of headings
     text = text.replace("](../.github/CONTRIBUTING.md)", "](contributing.md)").replace(
         "](../docs/", "]("
     )

@@ -7,6 +7,7 @@ extensions = ["myst_nb", "sphinx.ext.mathjax"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
 myst_dmath_double_inline = True
 myst_update_mathjax = False
 mathjax_path = "mathjax/tex-chtml.js"  # beside the pages: no network is needed to read a formula

@@ -1,7 +1,9 @@
 "The published cures as a user meets them: trained, renamed, resumed, refused."
 
 import copy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,18 @@ from torch import nn
 from fairmix_nb import data as D
 from fairmix_nb import train as T
 from fairmix_nb.cures import CFA, CURES, DAFA, FRL, WorstCase
-from fairmix_nb.methods import Averaged, Method, TrainCfg, describe, described, gradients_per_image
+from fairmix_nb.methods import (
+    Averaged,
+    Method,
+    Run,
+    TrainCfg,
+    describe,
+    described,
+    gradients_per_image,
+)
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+import digits_survival as survival  # noqa: E402
 
 CFG = TrainCfg(eps=0.1, epochs=3, batch=40, lr=3e-3, attack="pgd", steps=2)
 INNER = {name: getattr(m, "inner", m) for name, m in CURES.items()}
@@ -211,3 +224,49 @@ def test_a_weight_that_is_not_positive_stops_the_run_with_class_and_epoch(digits
 def test_what_is_no_cure_is_refused_with_the_nearest_that_is(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+# the controls of the collapse: what the loss sees
+
+
+def shown(digits, control):
+    "Clean and attacked images, labels, and what the network is given for the loss."
+    run, given = Run(network(), replace(CFG, attack="fgsm"), digits.train, epoch=1), []
+    x, y = run.batch(torch.arange(80))
+    a = run.attack(x, y)
+    run.net = lambda z: given.append(z) or run.model(z)
+    control.step(run, x, y)
+    return x, a, y, given[0]
+
+
+def test_a_shorter_step_stays_between_the_image_and_its_attack(digits):
+    x, a, _, z = shown(digits, survival.Apart("self"))
+    share = ((z - x) / (a - x)).flatten(1).nanmedian(1).values
+    torch.testing.assert_close(z, x + share.view(-1, 1, 1, 1) * (a - x), atol=1e-5, rtol=0)
+    assert share.min() >= 0 and share.max() <= 1 and share.std() > 0.2
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_clean_partner_is_an_image_of_its_class_or_of_any(digits, same):
+    x, a, y, z = shown(digits, survival.Apart("clean", same=same))
+    own = 0
+    for i in range(len(x)):  # on a line between the attacked image and which clean one?
+        lines = (x - a[i]).flatten(1)
+        t = ((z[i] - a[i]).flatten() * lines).sum(1) / lines.square().sum(1)
+        far = ((z[i] - a[i]).flatten() - t[:, None] * lines).norm(dim=1)
+        own += y[far.argmin()] == y[i]
+    assert own == 80 if same else own < 40
+
+
+def test_survival_counts_censored_runs_and_compares_with_fgsm():
+    fates = {"FGSM": [(e, True) for e in (5, 6, 7, 8, 9)], "N-FGSM": [(100, False)] * 5}
+    fates["same class"] = [(60, True)] + [(100, False)] * 4
+    runs = [dict(eps=0.3, control=k, epoch=e, collapsed=c) for k, v in fates.items() for e, c in v]
+    fgsm, nfgsm, same = survival.survival(dict(eps=[0.3], runs=runs))
+    assert "5 of 5" in fgsm and "alive 0.00" in fgsm and "p =" not in fgsm
+    assert "0 of 5 at []" in nfgsm and "1 of 5 at [60], alive 0.80" in same
+    # by hand: at each of the five deaths, expected are 5/10, 4/9, 3/8, 2/7, 1/6 of FGSM's
+    expected = sum(k / (k + 5) for k in range(1, 6))
+    variance = sum(k * 5 / (k + 5) ** 2 for k in range(1, 6))
+    p = 2 * (1 - torch.distributions.Normal(0, 1).cdf(torch.tensor((5 - expected) / variance**0.5)))
+    assert f"p = {p:.3f}" in nfgsm

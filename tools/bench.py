@@ -779,7 +779,7 @@ def standing(n, share=0.5):
 
 def block_audit(rounds, tiny):
     "E3: Auto-PGD of ours and of pyautoattack on the same images; E4: an audit of 1,000 images."
-    n, threads = 4 if tiny else 24, torch.get_num_threads()
+    n, threads = 4 if tiny else 12, torch.get_num_threads()
     torch.set_num_threads(1)
     net, x, y, eps = standing(n)
     ours = fold_batchnorm(net).to(memory_format=torch.channels_last)
@@ -797,10 +797,11 @@ def block_audit(rounds, tiny):
     def theirs():
         from pyautoattack import AutoAttack
 
-        how = dict(norm="Linf", eps=eps, version="custom", device="cpu", verbose=False)
-        judge = AutoAttack(net, attacks_to_run=["apgd-ce", "apgd-t"], **how)
-        judge.seed = 0
-        z = judge.run_standard_evaluation(x, y, bs=n)
+        judge = AutoAttack(
+            net, norm="Linf", eps=eps, seed=0, device="cpu"
+        )  # one restart, 9 targets
+        judge.attacks_to_run = ["apgd-ce", "apgd-t"]
+        z = judge.run_standard_evaluation(x, y, batch_size=n)[0]
         with torch.no_grad():
             left["pyautoattack"] = (net(z).argmax(1) == y).nonzero()[:, 0].tolist()
 

@@ -114,7 +114,7 @@ def survival(record):
         }
         for k, g in groups.items():
             fell = [r["epoch"] for r in g if r["collapsed"]]
-            p = stats.logrank(sample["FGSM"], sample[k]).pvalue if k != "FGSM" and fell else None
+            p = stats.logrank(sample["FGSM"], sample[k]).pvalue if k != "FGSM" else None
             alive = 1 - len(fell) / len(g)
             told = f"log-rank against FGSM p = {p:.3f}" if p is not None else ""
             lines.append(

@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import sys
 import time
@@ -231,11 +232,14 @@ def run(source: str, space: dict) -> None:
 
 
 def forked(sources: list, space: dict, limit: float) -> tuple:
-    "Run the cells in a fork: ('killed', which cell), ('survived', None) or ('timeout', None)."
+    """Run the cells in a fork, for so many seconds of its own: ('killed', which cell),
+    ('survived', None) or ('timeout', None)."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1, int(limit) + 2))
+        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # a mutant may ask for more and more
         said = "survived"
         try:
             for i, source in sources:  # noqa: B007
@@ -245,17 +249,18 @@ def forked(sources: list, space: dict, limit: float) -> tuple:
         os.write(write, said.encode())
         os._exit(0)
     os.close(write)
-    end = time.time() + limit
-    while time.time() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            with os.fdopen(read) as f:
-                said = f.read().split()
-            return (said[0], int(said[1]) if said[1:] else None) if said else ("killed", None)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(read)
-    return "timeout", None
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(read) as f:
+        said = f.read().split()
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        return "timeout", None
+    return (said[0], int(said[1]) if said[1:] else None) if said else ("killed", None)
+
+
+def spent() -> float:
+    "Processor seconds of the forks so far."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
@@ -271,7 +276,7 @@ def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
     for i, source in cells:
         if {"export", "exporti"} & book.directives(book.cells(path)[i]).keys():
             every += [m | dict(cell=i) for m in mutants(ast.parse(source))]
-    sample, out, space, start = chosen(every, n), [], {"__name__": "__main__"}, time.time()
+    sample, out, space, start = chosen(every, n), [], {"__name__": "__main__"}, spent()
     if before is not None:
 
         def name(m):
@@ -283,14 +288,14 @@ def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
             [m for m in before if name(m) not in again],
         )
     os.chdir(book.NBS)
-    _, took = forked(cells, dict(space), 600), time.time() - start
+    _, took = forked(cells, dict(space), 600), spent() - start
     assert _[0] == "survived", f"{path.name} fails unchanged in cell {_[1]}"
     import matplotlib.pyplot as plt
 
     for k, (i, source) in enumerate(cells):
         for m in (m for m in sample if m["cell"] == i):
             rest = [(i, m["text"]), *cells[k + 1 :]]
-            result, by = forked(rest, space, 20 + 3 * took)
+            result, by = forked(rest, space, 10 + 1.5 * took)
             out.append(
                 {key: m[key] for key in ("function", "line", "kind", "change")}
                 | dict(module=module, result=result, by=by)
