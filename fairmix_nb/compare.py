@@ -137,8 +137,7 @@ def mended(plan, model, data, test):
     "The same with offsets of the logits, chosen on the validation part."
     start, threat = time.perf_counter(), plan.cfg.threat
     done = mend_offsets(model, data.val, threat, device=plan.device)
-    found = dict(offsets=done.offsets.tolist(), curves=[])
-    found["seconds"] = round(time.perf_counter() - start, 2)
+    found = dict(offsets=done.offsets.tolist(), seconds=time.perf_counter() - start, curves=[])
     return found | dict(attacks=attacked(done.model, test, threat, plan.attacks))
 
 

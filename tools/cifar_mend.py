@@ -80,7 +80,7 @@ def matrices(net, data, out, names):
                 part=part,
                 eps=times * EPS,
                 steps=steps,
-                    y=images.y.tolist(),
+                y=images.y.tolist(),
                 margins=packed(found),
                 **({} if clean is None else dict(clean=packed(clean))),
             ),
