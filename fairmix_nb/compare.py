@@ -125,20 +125,20 @@ def trained(plan, name, seed, data, progress):
     return fit(net, data, cfg, method, start_from=plan.start_from, out=folder, **kw)
 
 
-def attacked(model, images, threat, attacks, progress=False):
+def attacked(plan, model, images, progress=False):
     "What attacks do to test images, put in order of class first: counts and flags of each attack."
-    images = images.subset(torch.argsort(images.y, stable=True))
-    wrong = attack_errors(model, images, threat, attacks, progress=progress)
-    found = outcome_of(wrong, images, threat).record
+    images = images.subset(torch.argsort(images.y, stable=True)).to(plan.device)
+    wrong = attack_errors(model, images, plan.cfg.threat, plan.attacks, progress=progress)
+    found = outcome_of(wrong, images, plan.cfg.threat).record
     return {a: dict(n=found["n"], **v) for a, v in found["attacks"].items()}
 
 
-def mended(plan, model, data, test):
+def mended(plan, model, data):
     "The same with offsets of the logits, chosen on the validation part."
-    start, threat = time.perf_counter(), plan.cfg.threat
-    done = mend_offsets(model, data.val, threat, device=plan.device)
+    start = time.perf_counter()
+    done = mend_offsets(model, data.val, plan.cfg.threat, device=plan.device)
     found = dict(offsets=done.offsets.tolist(), seconds=time.perf_counter() - start, curves=[])
-    return found | dict(attacks=attacked(done.model, test, threat, plan.attacks))
+    return found | dict(attacks=attacked(plan, done.model, data.test))
 
 
 def one_run(plan, data, seed, name, progress=False):
@@ -149,12 +149,11 @@ def one_run(plan, data, seed, name, progress=False):
         return kept
     with few_threads(data):
         done = trained(plan, name, seed, data, progress)
-        test = data.test.to(plan.device)
         bar = progress and f"{name}, seed {seed}, attacked"
-        found = attacked(done.model, test, plan.cfg.threat, plan.attacks, bar)
+        found = attacked(plan, done.model, data.test, bar)
         about = dict(kind="run", method=name, seed=seed, test=data.test.digest(), attacks=found)
         if name in plan.mend:
-            about["mended"] = mended(plan, done.model, data, test)
+            about["mended"] = mended(plan, done.model, data)
     about |= {"way": done.record["method"]} if "method" in done.record else {}
     text = json.dumps(dict(done.record, **about), indent=1)
     if path:

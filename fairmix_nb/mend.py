@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEW', 'RED', 'GREEN', 'wrong_at', 'risks_at', 'tie_of', 'linear_margins', 'by_class', 'least_offsets', 'minimax',
-           'on_a_line', 'descend', 'Front', 'deepest', 'as_text', 'columns_of', 'margins', 'Offset', 'with_offsets',
-           'check_objective', 'offsets_for', 'part_of_outcome', 'Mended', 'mend_at', 'crossfit', 'notes_of', 'rows_of',
-           'text_of', 'plot_mended', 'mended_html', 'record_of', 'save', 'mend', 'into_bias', 'mend_checkpoint',
-           'check_same_data', 'bars', 'place', 'explore']
+           'on_a_line', 'descend', 'Front', 'deepest', 'margins', 'Offset', 'with_offsets', 'check_objective',
+           'offsets_for', 'part_of_outcome', 'Mended', 'mend_at', 'crossfit', 'notes_of', 'rows_of', 'text_of',
+           'plot_mended', 'mended_html', 'record_of', 'save', 'mend', 'into_bias', 'mend_checkpoint', 'check_same_data',
+           'bars', 'place', 'explore']
 
-# %% ../nbs/19_mend.ipynb #c004x347448
+# %% ../nbs/19_mend.ipynb #c004x111328
 import base64
 import copy
 import json
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/19_mend.ipynb #c005x402825
+# %% ../nbs/19_mend.ipynb #c005x244499
 from .attacks import Climb, Threat, one_of
 from .audit import as_trained, check_model, chunks_of
 from .data import load, rank_in_class
@@ -36,7 +36,7 @@ from .report import short, spread_rows
 from .risk import classwise_risk, exact_interval, pack_flags, paired_bootstrap
 from .runs import load_model, read_weights
 
-# %% ../nbs/19_mend.ipynb #c010x178815
+# %% ../nbs/19_mend.ipynb #c010x832641
 def wrong_at(
     margins: np.ndarray,  # `(n, C)`, see `margins`; infinite at the image's own class
     y: np.ndarray,  # classes `(n,)`
@@ -76,7 +76,7 @@ def linear_margins(
     margins[np.arange(len(y)), y] = np.inf
     return margins
 
-# %% ../nbs/19_mend.ipynb #c014x262974
+# %% ../nbs/19_mend.ipynb #c014x918376
 def by_class(
     margins: np.ndarray,  # `(n, C)`
     y: np.ndarray,  # classes `(n,)`
@@ -127,7 +127,7 @@ def minimax(
             start = found  # a harder level needs no smaller offsets
     return best, float(levels[high])
 
-# %% ../nbs/19_mend.ipynb #c018x354383
+# %% ../nbs/19_mend.ipynb #c018x804276
 def on_a_line(
     groups: list,  # of `by_class`
     b: np.ndarray,  # offsets `(C,)`
@@ -159,7 +159,7 @@ def on_a_line(
     k = best[np.argmax(width[best])]
     return (places[k - 1] + places[k]) / 2, inside[k], here
 
-# %% ../nbs/19_mend.ipynb #c019x579471
+# %% ../nbs/19_mend.ipynb #c019x798215
 def descend(
     groups: list,  # of `by_class`
     b: np.ndarray,  # offsets to begin with
@@ -187,7 +187,7 @@ def descend(
         b[c] = place if value <= here + 1e-12 else b[c]
     return b - b.mean()
 
-# %% ../nbs/19_mend.ipynb #c022x48290
+# %% ../nbs/19_mend.ipynb #c022x918550
 @dataclass(frozen=True, eq=False)
 class Front:
     "What is reached on one matrix: from the best average to the best worst class"
@@ -243,7 +243,7 @@ class Front:
         inner = [self.at_level(v) for v in np.linspace(top, low, k)[1:-1]]
         return [self.plain, *inner, self.fair]
 
-# %% ../nbs/19_mend.ipynb #c031x677805
+# %% ../nbs/19_mend.ipynb #c031x772677
 def deepest(
     net: Callable,  # logits
     x: Tensor,  # `(b, ...)`
@@ -274,7 +274,7 @@ def deepest(
         least[rows] = torch.minimum(least[rows], -top.double())
     return least
 
-# %% ../nbs/19_mend.ipynb #c033x836932
+# %% ../nbs/19_mend.ipynb #c033x781895
 def as_text(
     *job,  # the arguments of `deepest`
 ) -> str:
@@ -296,7 +296,7 @@ def columns_of(net, chunks, n_cls, threat, steps, restarts, seed, journal, bar):
         rows.append(np.stack(parts, 1))
     return np.concatenate(rows)
 
-# %% ../nbs/19_mend.ipynb #c034x233350
+# %% ../nbs/19_mend.ipynb #c034x613276
 def margins(
     model: Callable,  # logits `(n, C)` for x in `threat.box`; a module is copied, never changed
     x: Tensor,  # images `(n, ...)`
@@ -336,7 +336,7 @@ def margins(
         raise FloatingPointError(f"margins must be numbers, got nan at image {i}, class {k}")
     return found
 
-# %% ../nbs/19_mend.ipynb #c039x684691
+# %% ../nbs/19_mend.ipynb #c039x358426
 class Offset(nn.Module):
     "Adds a number to each logit"
 
@@ -361,7 +361,7 @@ def with_offsets(
     mended = nn.Sequential(copy.deepcopy(model), Offset(offsets))
     return mended.to(next((p.device for p in model.parameters()), "cpu")).eval()
 
-# %% ../nbs/19_mend.ipynb #c040x87163
+# %% ../nbs/19_mend.ipynb #c040x923894
 def check_objective(
     objective: object,  # see `mend`
 ) -> object:  # the same, numbers as floats
@@ -395,7 +395,7 @@ def offsets_for(
         most = front.risks(np.zeros(len(front.fair))).mean() + most / 100
     return front.within(most)
 
-# %% ../nbs/19_mend.ipynb #c042x462353
+# %% ../nbs/19_mend.ipynb #c042x54643
 def part_of_outcome(matrix, y, offsets):
     "The piece of a record that one matrix gives at some offsets, images in order of class."
     wrong = wrong_at(matrix, y, offsets)[np.argsort(y, kind="stable")]
@@ -443,7 +443,7 @@ class Mended:
         rows = [(front.risks(b), b) for b in front.points(k)]
         return [dict(average=r.mean(), worst=r.max(), offsets=b) for r, b in rows]
 
-# %% ../nbs/19_mend.ipynb #c043x840969
+# %% ../nbs/19_mend.ipynb #c043x124620
 def mend_at(
     margins: np.ndarray | dict,  # `(n, C)`; or name -> matrix, chosen on the last
     y: np.ndarray,  # classes `(n,)`
@@ -467,7 +467,7 @@ def mend_at(
         raise ValueError(f"every class needs images to choose its offset on, got none of {lost}")
     return Mended(offsets_for(Front(last, y), objective), names, y, matrices, objective)
 
-# %% ../nbs/19_mend.ipynb #c045x740875
+# %% ../nbs/19_mend.ipynb #c045x202155
 def crossfit(
     margins: np.ndarray,  # `(n, C)`
     y: np.ndarray,  # classes `(n,)`, at least `folds` images of each
@@ -486,7 +486,7 @@ def crossfit(
         wrong[held] = wrong_at(margins[held], y[held], b)
     return wrong
 
-# %% ../nbs/19_mend.ipynb #c047x916599
+# %% ../nbs/19_mend.ipynb #c047x71771
 FEW = 20  # images of a class, below which an offset is a guess
 
 
@@ -520,7 +520,7 @@ def notes_of(
         line += ": on other images the worst class may only move elsewhere"
     return [*said, line]
 
-# %% ../nbs/19_mend.ipynb #c048x316767
+# %% ../nbs/19_mend.ipynb #c048x33304
 def rows_of(
     done: Mended,
 ) -> tuple:  # rows by class, rows over the classes, rows of the front
@@ -549,7 +549,7 @@ def text_of(
 
 Mended.__str__ = text_of
 
-# %% ../nbs/19_mend.ipynb #c050x384446
+# %% ../nbs/19_mend.ipynb #c050x131577
 def plot_mended(done: Mended) -> plt.Figure:
     "Risks by class before and after, and where both lie on the front"
     fig, (bars, ax) = plt.subplots(
@@ -585,7 +585,7 @@ def mended_html(
 
 Mended.plot, Mended._repr_html_ = plot_mended, mended_html
 
-# %% ../nbs/19_mend.ipynb #c052x631884
+# %% ../nbs/19_mend.ipynb #c052x313346
 def record_of(
     done: Mended,
 ) -> dict:  # plain data
@@ -637,7 +637,7 @@ def mend(
     done = mend_at(dict(clean=clean, margins=found), y.cpu().numpy(), objective, names)
     return replace(done, model=with_offsets(model, done.offsets), threat=threat)
 
-# %% ../nbs/19_mend.ipynb #c058x85337
+# %% ../nbs/19_mend.ipynb #c058x448919
 def into_bias(
     net: nn.Sequential,  # ends in a linear layer with bias, as all of `MODELS` do
     offsets: np.ndarray,  # `(C,)`
@@ -685,7 +685,7 @@ def check_same_data(path, found, images):
             "validation images may be among those it was trained on"
         )
 
-# %% ../nbs/19_mend.ipynb #c075x629793
+# %% ../nbs/19_mend.ipynb #c075x540050
 RED, GREEN = "#c44e52", "#55a868"
 
 
@@ -717,7 +717,7 @@ def place(points, here):
         '<text x="490" y="174">average risk: right; worst class: up</text>'
     )
 
-# %% ../nbs/19_mend.ipynb #c076x770099
+# %% ../nbs/19_mend.ipynb #c076x647228
 def explore(
     done: Mended,
 ) -> object:  # a widget
