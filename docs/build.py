@@ -199,6 +199,15 @@ def bibliography_page() -> str:
     return "\n".join(out)
 
 
+def mend_data() -> str:
+    "The committed matrices of a CIFAR-10 network, as a script: a page opened from a disk reads it."
+    record = json.loads((book.NBS / "results" / "cifar_mend" / "nfgsm6-s0.json").read_text())
+    test = record["matrices"]["test"]
+    found = {k: test[k] for k in ("y", "margins", "clean")}
+    found.update(classes=record["classes"], choices=record["choices"])
+    return f"window.MEND = {json.dumps(found)};\n"
+
+
 def entry(path: Path) -> str:
     "A chapter's line in the contents."
     return f"{int(path.stem[:2])} · {book.title(path)} <{path.stem}>"
@@ -219,7 +228,16 @@ def stage(to: Path) -> None:
         *[toctree(part, [entry(p) for p in paths]) for part, paths in book.parts().items()],
         toctree(
             "Reference",
-            ["map", "errata", "names", "glossary", "bibliography", "contributing", "changelog"],
+            [
+                "mend_explorer",
+                "map",
+                "errata",
+                "names",
+                "glossary",
+                "bibliography",
+                "contributing",
+                "changelog",
+            ],
         ),
         toctree("Modules", [f"modules/{m}" for m in book.modules()]),
     ]
@@ -242,8 +260,11 @@ def stage(to: Path) -> None:
     (to / "contributing.md").write_text(contributing.replace("](../nbs/", "]("), encoding="utf-8")
     shutil.copy(DOCS / "conf.py", to)
     (to / "_static").mkdir()
-    for name in ("book.css", "icon.svg"):
+    for name in ("book.css", "icon.svg", "mend_explorer.js"):
         shutil.copy(DOCS / name, to / "_static")
+    explorer = (DOCS / "mend_explorer.md").read_text(encoding="utf-8")
+    (to / "mend_explorer.md").write_text(explorer.replace("](../nbs/", "]("), encoding="utf-8")
+    (to / "_static" / "mend_data.js").write_text(mend_data(), encoding="utf-8")
     mathjax = (
         Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
         / "static"

@@ -566,14 +566,15 @@ def move(self: Climb, norm, box, first):
 
 
 @patch
-def run(self: Climb, model, loss, steps, norm, rho, box):
+def run(self: Climb, model, loss, steps, norm, rho, box, stop=True):
     "The ascent: where each sample ended, its largest loss, and whether it was broken"
     marks, end, top = _checkpoints(steps), self.z.clone(), torch.full_like(self.loss, math.inf)
     broken = torch.zeros_like(self.halved)
     for k in range(steps + 1):
         wrong = self.look(model, loss, slope=k < steps)
-        if wrong.any():
-            end[self.row[wrong]], broken[self.row[wrong]] = self.z[wrong], True
+        broken[self.row[wrong]] = True
+        if stop and wrong.any():
+            end[self.row[wrong]] = self.z[wrong]
             self.keep(~wrong)
             if not len(self.row):
                 return end, top, broken

@@ -22,6 +22,7 @@ from pathlib import Path
 # %% ../nbs/20_compare.ipynb #da597052
 from .attacks import Threat, attack_by_name, one_of, patch
 from .data import Data, load
+from .mend import mend as mend_offsets
 from .methods import METHODS, Method, TrainCfg, describe
 from .models import MODELS, build
 from .records import SCHEMA, digest, pick_device, progress_bar, provenance, read_record
@@ -98,6 +99,7 @@ class Plan:
     device: str  # 'cpu' or 'cuda'
     out: Path | None = None  # folder of the comparison
     start_from: Path | None = None  # a checkpoint that every run begins with
+    mend: tuple = ()  # names of the methods that are judged a second time, mended
 
     def network(self, data, seed):
         "The network with the first weights of a seed"
@@ -123,12 +125,20 @@ def trained(plan, name, seed, data, progress):
     return fit(net, data, cfg, method, start_from=plan.start_from, out=folder, **kw)
 
 
-def attacked(model, images, threat, attacks, progress=False):
-    "The outcome of attacks on test images, put in order of class first."
-    images = images.subset(torch.argsort(images.y, stable=True))
-    return outcome_of(
-        attack_errors(model, images, threat, attacks, progress=progress), images, threat
-    )
+def attacked(plan, model, images, progress=False):
+    "What attacks do to test images, put in order of class first: counts and flags of each attack."
+    images = images.subset(torch.argsort(images.y, stable=True)).to(plan.device)
+    wrong = attack_errors(model, images, plan.cfg.threat, plan.attacks, progress=progress)
+    found = outcome_of(wrong, images, plan.cfg.threat).record
+    return {a: dict(n=found["n"], **v) for a, v in found["attacks"].items()}
+
+
+def mended(plan, model, data):
+    "The same with offsets of the logits, chosen on the validation part."
+    start = time.perf_counter()
+    done = mend_offsets(model, data.val, plan.cfg.threat, device=plan.device)
+    found = dict(offsets=done.offsets.tolist(), seconds=time.perf_counter() - start, curves=[])
+    return found | dict(attacks=attacked(plan, done.model, data.test))
 
 
 def one_run(plan, data, seed, name, progress=False):
@@ -143,13 +153,12 @@ def one_run(plan, data, seed, name, progress=False):
         return kept
     with few_threads(data):
         done = trained(plan, name, seed, data, progress)
-        test = data.test.to(plan.device)
         bar = progress and f"{name}, seed {seed}, attacked"
-        outcome = attacked(done.model, test, plan.cfg.threat, plan.attacks, bar).record
-    found = {a: dict(n=outcome["n"], **v) for a, v in outcome["attacks"].items()}
-    about = dict(kind="run", method=name, seed=seed, test=data.test.digest(), attacks=found)
-    if "method" in done.record:
-        about["way"] = done.record["method"]
+        found = attacked(plan, done.model, data.test, bar)
+        about = dict(kind="run", method=name, seed=seed, test=data.test.digest(), attacks=found)
+        if name in plan.mend:
+            about["mended"] = mended(plan, done.model, data)
+    about |= {"way": done.record["method"]} if "method" in done.record else {}
     text = json.dumps(dict(done.record, **about), indent=1)
     if path:
         write_aside(path, text)
@@ -182,6 +191,7 @@ def compare(
     model: str | Callable | None = None,  # of `MODELS`, or (n_cls, in_ch, seed) -> module
     attacks: tuple = ("clean", "fgsm", "pgd-20"),  # weak to strong, see `attack_by_name`
     start_from: str | Path | None = None,  # a checkpoint that every run begins with
+    mend: tuple = (),  # methods that are judged a second time, mended on their validation part
     out: str | Path | None = None,  # folder of records, checkpoints, figure; None: keep nothing
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
     resume: bool = False,  # go on in `out`
@@ -189,20 +199,19 @@ def compare(
     gpus_per_run: float | None = None,  # with Ray: .25 is four runs a GPU; None: 1, or 0 on 'cpu'
     progress: bool = True,  # show bars
     on_run: Callable | None = None,  # called with (runs done, of how many, the run's record)
-    **load_kw,  # root, size, per_class, test_per_class of `load`
+    **load_kw,  # root, size, per_class, val_per_class, test_per_class of `load`
 ) -> "Comparison":
     "Train and attack several methods at equal budget: same images, order, first weights, steps"
     methods, name = named(methods), data.name if isinstance(data, Data) else str(data)
     mapper(workers, gpus_per_run, device, progress), recipe(name, cfg)  # refused before any work
     model, device = model or preset(name)[0], "cuda" if gpus_per_run else pick_device(device)
-    seeds = check_call(seeds, attacks, model)
+    seeds = check_call(seeds, attacks, model, mend, methods)
     part = partial(part_of, data, progress, load_kw)
     first, notes = part(seeds[0]), []
     cfg = recipe(name, cfg, len(first.train), notes)
     check_data(first, seeds, cfg, attacks)
-    plan = Plan(
-        cfg, methods, model, tuple(attacks), device, out and Path(out).resolve(), start_from
-    )
+    out = out and Path(out).resolve()
+    plan = Plan(cfg, methods, model, tuple(attacks), device, out, start_from, tuple(mend))
     workers = processes_for(workers, plan, first, len(seeds) * len(methods))
     mapped = mapper(workers, gpus_per_run, device, progress, plan)
     record = new_record(first, seeds, plan, load_kw, notes)
@@ -210,10 +219,10 @@ def compare(
         open_folder(Path(out), record, resume)
     of_seeds = ((first if seed == seeds[0] else part(seed), seed) for seed in seeds)
     jobs = ((images, seed, name) for images, seed in of_seeds for name in methods)
-    for run in mapped(partial(one_run, plan, progress=progress), jobs):
-        record["runs"].append(run)
+    for done, run in enumerate(mapped(partial(one_run, plan, progress=progress), jobs), 1):
+        record["runs"] += with_mended(run)
         if on_run:
-            on_run(len(record["runs"]), len(seeds) * len(methods), run)
+            on_run(done, len(seeds) * len(methods), run)
     result = Comparison(record)
     if out:
         save_comparison(result, Path(out))
@@ -238,8 +247,10 @@ def recipe(name, cfg, n=None, notes=()):
     return replace(found, batch=batch)
 
 
-def check_call(seeds, attacks, model):
+def check_call(seeds, attacks, model, mend, methods):
     "Refuse names and numbers that cannot work."
+    for name in mend:
+        one_of("mend", name, methods)
     if isinstance(model, str):
         one_of("model", model, MODELS)
     for what, values in dict(seeds=list(seeds), attacks=list(attacks)).items():
@@ -251,6 +262,12 @@ def check_call(seeds, attacks, model):
     if strength != sorted(strength):
         raise ValueError(f"attacks must go from weak to strong, got {tuple(attacks)}")
     return tuple(map(int, seeds))
+
+
+def with_mended(run):
+    "A run, and the same run mended as one of its own."
+    again, name = run.pop("mended", None), mended_name(run["method"])
+    return [run, run | again | dict(method=name)] if again else [run]
 
 # %% ../nbs/20_compare.ipynb #5ee014c7
 def check_data(data, seeds, cfg, attacks):
@@ -285,7 +302,11 @@ def new_record(data, seeds, plan, load_kw, notes):
     how = {n: describe(m) if isinstance(m, Method) else "function" for n, m in plan.methods.items()}
     model = plan.model if isinstance(plan.model, str) else plan.model.__name__
     start = plan.start_from and str(plan.start_from)
-    config = dict(data=data.name, methods=list(plan.methods), ways=how, seeds=list(seeds))
+    names = [w for m in how for w in ([m, mended_name(m)] if m in plan.mend else [m])]
+    config = dict(data=data.name, methods=names, ways=how, seeds=list(seeds))
+    if plan.mend:
+        few = min(data.val.counts())
+        notes.append(f"offsets are chosen on validation images, at least {few} of a class")
     config.update(attacks=list(plan.attacks), model=model, cfg=asdict(plan.cfg), load=load_kw)
     config.update(start_from=start)
     same = identity(plan, data, seeds[0])
@@ -546,6 +567,10 @@ def risks(
 def counted(number, what):
     "1 seed, 3 seeds."
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def mended_name(name):
+    return f"{name} + mend"
 
 
 @patch

@@ -250,7 +250,7 @@ def make_data(
     if thirds:
         how |= dict(fold=seed % 3, shuffle=seed // 3)
     how |= dict(
-        per_class=per_class,
+        **sizes,
         test_per_class=test_per_class,
         size=list(whole.x.shape[2:]),
         train=len(part["train"]),

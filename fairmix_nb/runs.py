@@ -472,7 +472,7 @@ def as_trained(
     record, found = checkpoint_file(path).parent / "record.json", read_weights(path)[1]
     try:
         split = found.get("split") or json.loads(record.read_text())["data"]["split"]
-        keys = ("size", "per_class", "test_per_class") if split["rule"] == "thirds" else ("size",)
-        return {k: split[k] for k in keys}
+        keys = ("size", "per_class", "val_per_class", "test_per_class")
+        return {k: split.get(k) for k in (keys if split["rule"] == "thirds" else keys[:1])}
     except (OSError, ValueError, KeyError, TypeError):
         return dict(size=tuple(found["shape"][1:])) if "shape" in found else {}

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from digits_cures import clean_margins
-from fairmix_nb.mend import margins, mend_at, wrong_at
 
 from fairmix_nb.data import load, spread_subset
+from fairmix_nb.mend import margins, mend_at, wrong_at
 from fairmix_nb.methods import FAST, METHODS, TrainCfg, describe
 from fairmix_nb.models import build
 from fairmix_nb.records import SCHEMA, provenance, write_aside

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fairmix_nb.mend import margins, mend_at, wrong_at
 from torch import nn
 
 from fairmix_nb.cures import CURES
 from fairmix_nb.data import load, spread_subset
+from fairmix_nb.mend import margins, mend_at, wrong_at
 from fairmix_nb.methods import METHODS, TrainCfg, describe
 from fairmix_nb.records import SCHEMA, provenance, write_aside
 from fairmix_nb.report import attack_errors
