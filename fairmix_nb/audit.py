@@ -460,9 +460,8 @@ def config_of(plan):
     config.update(norm=threat.norm, box=threat.box, sweep=plan["sweep"])
     config.update({k: int(plan[k]) for k in ("batch", "seed")})
     config.update(dict(within=plan["within"]) if plan.get("within") else {})
-    more = {
-        k: int(plan[k]) for k, usual in (("eot", 1), ("quantise", False)) if plan.get(k) != usual
-    }
+    usual = dict(eot=1, quantise=False)
+    more = {k: int(plan[k]) for k, v in usual.items() if plan.get(k, v) != v}
     return json.loads(json.dumps(config | more))
 
 
@@ -493,18 +492,29 @@ class Images:
         write_aside(path, lambda f: np.savez_compressed(f, **arrays))
 
 
-def check_options(eot, quantise, save_images, threat, out):
-    "Refuse what cannot be done, before any work."
+def check_options(eot, quantise, save_images, threat, out, within=None):
+    "Refuse what cannot be done, before any work; the plan so far."
     if not isinstance(eot, (int, np.integer)) or eot < 1:
         raise ValueError(f"eot must be a whole number of passes, at least 1, got {eot!r}")
     if quantise and threat.box != (0.0, 1.0):
         raise ValueError(f"quantise needs pixels in [0, 1], got box {threat.box}")
     if save_images and not out:
         raise ValueError("save_images needs out, the folder to keep them in, got None")
+    plan = dict(threat=threat, eot=int(eot), quantise=quantise, save=save_images, within=within)
+    return plan
+
+
+def in_turn(data, plan):
+    "Images class by class, where classes are left once they are known; and who hears of it."
+    if plan["within"] is None:
+        return data, None
+    data = InTurn(data, plan["within"], plan["batch"], plan["seed"])
+    return data, data.saw
 
 # %% ../nbs/18_audit.ipynb #c041x851384
 def judged(model, net, chunks, plan, journal, header, bar, diagnose, surrogate, out):
     "The outcome: every chunk attacked, counted, diagnosed, and kept."
+    plan["keep"] = Images(out / "images") if plan.get("save") else None
     try:
         found = attack_all(net, chunks, plan, journal, len(header["classes"]), diagnose, bar)
     except KeyboardInterrupt:
@@ -554,16 +564,13 @@ def audit(
     "Attack every test image and report class by class: raw and worst-case risk, and a diagnosis"
     threat = eps if isinstance(eps, Threat) else Threat(eps, norm, box)
     device, out = pick_device(device), out and Path(out)
-    check_options(eot, quantise, save_images, threat, out)
-    plan = dict(threat=threat, attacks=attacks, sweep=sweep, batch=int(batch), seed=int(seed))
-    plan.update(device=device, eot=int(eot), quantise=quantise, within=within)
-    data = data if within is None else InTurn(data, within, int(batch), int(seed))
-    plan["saw"] = getattr(data, "saw", None)
+    plan = check_options(eot, quantise, save_images, threat, out, within)
+    plan.update(attacks=attacks, sweep=sweep, batch=int(batch), seed=int(seed), device=device)
+    data, plan["saw"] = in_turn(data, plan)
     net, x, chunks, n_cls, plan = ready(model, data, plan)
     header = dict(schema=SCHEMA, kind="audit", config=config_of(plan))
     header.update(classes=names_of(classes, data, n_cls), **identity(model, net, x, plan["seed"]))
     journal = Journal(out and out / "journal.jsonl", header, resume, close=("logits",))
-    plan["keep"] = Images(out / "images") if save_images else None
     bar = priced(net, x, plan, size_of(data), diagnose, progress)
     return judged(model, net, chunks, plan, journal, header, bar, diagnose, surrogate, out)
 

@@ -317,8 +317,8 @@ def margins(
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be at least 1, got {steps} and {restarts}")
     device = pick_device(device)
-    net = Counted(attackable(model, device))
     chunks = [(x.to(device), y.to(device)) for x, y in chunks_of((x, y), batch, threat.box)]
+    net = Counted(attackable(model, device, chunks[0][0][:32]))
     with torch.no_grad():
         n_cls = check_model(net, *(v[:2] for v in chunks[0]), threat)
         if y.max() >= n_cls:

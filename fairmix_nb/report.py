@@ -465,10 +465,17 @@ def canvas(
     return fig, ax
 
 # %% ../nbs/12_report.ipynb #e8d34812
+def drawable(
+    name: str,  # of a class; a folder's may hold bytes that are no text
+) -> str:
+    "A name that a font can show"
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def name_ticks(axis, names, turned):
     "Names of classes along an axis, turned where they are long."
     angle = turned if max(map(len, names)) >= 4 else 0
-    axis.set_ticks(range(len(names)), [name[:12] for name in names], rotation=angle)
+    axis.set_ticks(range(len(names)), [drawable(name)[:12] for name in names], rotation=angle)
 
 # %% ../nbs/12_report.ipynb #a1200035
 @patch
@@ -560,7 +567,7 @@ def class_view(
     ax.yaxis.set_major_locator(plt.MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     name_ticks(ax.xaxis, outcome.classes, 30)
     ax.set(ylabel="images", xlabel="taken for (grey: rightly)")
-    ax.set_title(f"{name} under {attack}: worst-case risk {risk}", fontsize=9)
+    ax.set_title(f"{drawable(name)} under {attack}: worst-case risk {risk}", fontsize=9)
     return fig
 
 

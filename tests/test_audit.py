@@ -85,7 +85,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 @pytest.mark.slow
 def test_memory_stays_below_two_gigabytes_with_ten_thousand_images():
-    peak = [float(run(PEAK.format(n=n, d=100)).communicate(timeout=900)[0]) for n in (1000, 10000)]
+    peak = [
+        float(run(PEAK.format(n=n, d=100)).communicate(timeout=900)[0].splitlines()[-1])
+        for n in (1000, 10000)
+    ]
     assert peak[1] < 2 and peak[1] < peak[0] + 0.2, f"peak {peak} GiB"
 
 
@@ -95,7 +98,8 @@ def test_memory_holds_one_chunk():
         "build('resnet20', 10, 3, 0)",
         "torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))",
     )
-    peak = float(run(code.format(n=10000, d=100)).communicate(timeout=120)[0])
+    said = run(code.format(n=10000, d=100)).communicate(timeout=120)[0]
+    peak = float(said.splitlines()[-1])
     assert peak < 1.2, f"peak {peak} GiB; the images alone as floats are .11"
 
 

@@ -102,8 +102,9 @@ def test_transform_in_workers(workers):
     first, again = epochs(), epochs()
     assert not torch.equal(*first)
     assert all(map(torch.equal, first, again))
-    if workers:  # why `generator` is None by default: copied to workers, it repeats every epoch
-        assert torch.equal(*epochs(gen()))
+    if workers:  # a generator of one's own, copied to workers: distinct by worker and epoch
+        first, again = epochs(gen()), epochs(gen())
+        assert not torch.equal(*first) and all(map(torch.equal, first, again))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
