@@ -203,7 +203,7 @@ def compare(
     model, device = model or preset(name)[0], "cuda" if gpus_per_run else pick_device(device)
     check_call(seeds, attacks, model, mend, methods)
     part = partial(part_of, data, progress, load_kw)
-    first, notes, done = part(seeds[0]), [], 0
+    first, notes = part(seeds[0]), []
     cfg = recipe(name, cfg, len(first.train), notes)
     check_data(first, seeds, cfg, attacks)
     out = out and Path(out).resolve()
@@ -215,9 +215,8 @@ def compare(
         open_folder(Path(out), record, resume)
     of_seeds = ((first if seed == seeds[0] else part(seed), seed) for seed in seeds)
     jobs = ((images, seed, name) for images, seed in of_seeds for name in methods)
-    for run in mapped(partial(one_run, plan, progress=progress), jobs):
+    for done, run in enumerate(mapped(partial(one_run, plan, progress=progress), jobs), 1):
         record["runs"] += with_mended(run)
-        done += 1
         if on_run:
             on_run(done, len(seeds) * len(methods), run)
     result = Comparison(record)

@@ -381,7 +381,7 @@ def check_objective(
 
 
 def offsets_for(
-    front: Front,
+    front: Front,  # of a matrix
     objective: object,  # see `mend`
 ) -> np.ndarray:  # `(C,)`, mean 0
     "The offsets that an objective asks for"
