@@ -396,8 +396,12 @@ def offsets_for(
     return front.within(most)
 
 # %% ../nbs/19_mend.ipynb #c042x54643
-def part_of_outcome(matrix, y, offsets):
-    "The piece of a record that one matrix gives at some offsets, images in order of class."
+def part_of_outcome(
+    matrix: np.ndarray,  # margins `(n, C)`
+    y: np.ndarray,  # classes `(n,)`
+    offsets: np.ndarray,  # `(C,)`
+) -> dict:  # counts and flags
+    "The piece of a record that one matrix gives at some offsets, images in order of class"
     wrong = wrong_at(matrix, y, offsets)[np.argsort(y, kind="stable")]
     count = np.bincount(np.sort(y), wrong, matrix.shape[1]).astype(int).tolist()
     return dict(wrong=count, flags=pack_flags(wrong))
