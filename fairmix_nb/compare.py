@@ -22,7 +22,6 @@ from pathlib import Path
 # %% ../nbs/20_compare.ipynb #da597052
 from .attacks import Threat, attack_by_name, one_of, patch
 from .data import Data, load
-from .mend import mend as mend_offsets
 from .methods import METHODS, Method, TrainCfg, describe
 from .models import MODELS, build
 from .records import SCHEMA, digest, pick_device, progress_bar, provenance, read_record
@@ -45,6 +44,8 @@ from tqdm import tqdm
 
 from .train import fit
 from .train import resume as resume_fit
+
+from .mend import mend as mend_offsets
 
 # %% ../nbs/20_compare.ipynb #6f14447a
 SIX = ("natural", "mixup", "at", "attack_mix", "mix_attack", "any_mix")

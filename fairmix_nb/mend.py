@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FEW', 'RED', 'GREEN', 'wrong_at', 'risks_at', 'tie_of', 'linear_margins', 'by_class', 'least_offsets', 'minimax',
            'on_a_line', 'descend', 'Front', 'deepest', 'margins', 'Offset', 'with_offsets', 'check_objective',
-           'offsets_for', 'part_of_outcome', 'Mended', 'mend_at', 'crossfit', 'notes_of', 'rows_of', 'text_of',
-           'plot_mended', 'mended_html', 'record_of', 'save', 'mend', 'into_bias', 'mend_checkpoint', 'check_same_data',
-           'bars', 'place', 'explore']
+           'offsets_for', 'Mended', 'mend_at', 'crossfit', 'notes_of', 'rows_of', 'text_of', 'plot_mended',
+           'mended_html', 'record_of', 'save', 'mend', 'into_bias', 'mend_checkpoint', 'explore']
 
 # %% ../nbs/19_mend.ipynb #c004x111328
 import base64
@@ -396,7 +395,7 @@ def offsets_for(
     return front.within(most)
 
 # %% ../nbs/19_mend.ipynb #c042x54643
-def part_of_outcome(matrix, y, offsets):
+def _part_of_outcome(matrix, y, offsets):
     "The piece of a record that one matrix gives at some offsets, images in order of class."
     wrong = wrong_at(matrix, y, offsets)[np.argsort(y, kind="stable")]
     count = np.bincount(np.sort(y), wrong, matrix.shape[1]).astype(int).tolist()
@@ -417,7 +416,7 @@ class Mended:
 
     def outcome(self, offsets) -> Outcome:
         "Class by class at other offsets"
-        parts = {a: part_of_outcome(m, self.y, offsets) for a, m in self.matrices.items()}
+        parts = {a: _part_of_outcome(m, self.y, offsets) for a, m in self.matrices.items()}
         n = np.bincount(self.y, minlength=len(self.classes)).tolist()
         found = dict(schema=SCHEMA, kind="audit", classes=list(self.classes), n=n, test="")
         return Outcome(found | dict(attacks=parts))
@@ -491,7 +490,7 @@ FEW = 20  # images of a class, below which an offset is a guess
 
 
 def notes_of(
-    done: Mended,
+    done: Mended,  # of `mend`
 ) -> list:  # sentences
     "What a reader should know before believing the offsets"
     before, after, said = done.before, done.after, []
@@ -522,7 +521,7 @@ def notes_of(
 
 # %% ../nbs/19_mend.ipynb #c048x33304
 def rows_of(
-    done: Mended,
+    done: Mended,  # of `mend`
 ) -> tuple:  # rows by class, rows over the classes, rows of the front
     "The report as rows of text"
     columns_, spread = {}, {}
@@ -540,7 +539,7 @@ def rows_of(
 
 
 def text_of(
-    done: Mended,
+    done: Mended,  # of `mend`
 ) -> str:
     "Risks by class before and after, the offsets, the front in five lines, and what to know"
     tables = [columns(rows) for rows in rows_of(done)]
@@ -550,7 +549,9 @@ def text_of(
 Mended.__str__ = text_of
 
 # %% ../nbs/19_mend.ipynb #c050x131577
-def plot_mended(done: Mended) -> plt.Figure:
+def plot_mended(
+    done: Mended,  # of `mend`
+) -> plt.Figure:
     "Risks by class before and after, and where both lie on the front"
     fig, (bars, ax) = plt.subplots(
         1, 2, figsize=(7.6, 2.8), dpi=100, layout="constrained", width_ratios=(3, 2)
@@ -576,7 +577,7 @@ def plot_mended(done: Mended) -> plt.Figure:
 
 
 def mended_html(
-    done: Mended,
+    done: Mended,  # of `mend`
 ) -> str:
     "The report, for a notebook"
     said = "".join(f"<p>{line}</p>" for line in notes_of(done))
@@ -587,7 +588,7 @@ Mended.plot, Mended._repr_html_ = plot_mended, mended_html
 
 # %% ../nbs/19_mend.ipynb #c052x313346
 def record_of(
-    done: Mended,
+    done: Mended,  # of `mend`
 ) -> dict:  # plain data
     "The report as plain data: classes, offsets, radius, before, after, front"
     threat = done.threat and dict(eps=done.threat.eps, norm=done.threat.norm, box=done.threat.box)
@@ -599,7 +600,7 @@ def record_of(
 
 
 def save(
-    done: Mended,
+    done: Mended,  # of `mend`
     folder: str | Path,  # made if it is not there
 ) -> Path:  # of the record
     "Write mended.json, then report.txt and figure.png"
@@ -667,7 +668,7 @@ def mend_checkpoint(
     given |= {} if size is None else dict(size=size)
     images = load(data, cfg.get("seed", 0), progress=False, **given)
     net, found = load_model(path, images.val.n_cls, images.val.x.shape[1], name)
-    check_same_data(path, found, images)
+    _check_same_data(path, found, images)
     eps = cfg.get("eps") if eps is None else eps
     if eps is None:
         raise ValueError("eps must be given: the checkpoint names no radius")
@@ -677,7 +678,7 @@ def mend_checkpoint(
     return done
 
 
-def check_same_data(path, found, images):
+def _check_same_data(path, found, images):
     "Refuse validation images that may be among those the network was trained on."
     if "data" in found and found["data"] != images.digest():
         raise ValueError(
@@ -689,7 +690,7 @@ def check_same_data(path, found, images):
 RED, GREEN = "#c44e52", "#55a868"
 
 
-def bars(before, after, classes):
+def _bars(before, after, classes):
     "Risks by class, twelve pixels wide each: grey as trained, green now, the worst in red."
     parts, step = [], 460 / len(classes)
     for c, (low, high) in enumerate(zip(before, after)):
@@ -704,7 +705,7 @@ def bars(before, after, classes):
     return "".join(parts)
 
 
-def place(points, here):
+def _place(points, here):
     "The front, and where the offsets are on the plane of average and worst class."
     spots = np.array([*points, here])
     low, high = spots.min(0) - 0.02, spots.max(0) + 0.02
@@ -719,7 +720,7 @@ def place(points, here):
 
 # %% ../nbs/19_mend.ipynb #c076x647228
 def explore(
-    done: Mended,
+    done: Mended,  # of `mend`
 ) -> object:  # a widget
     "Sliders for the offsets; bars, worst class, average and the front follow at once (ipywidgets)"
     import ipywidgets
@@ -738,7 +739,7 @@ def explore(
         now = risks_at(matrix, y, np.array([s.value for s in sliders]))
         picture.value = (
             '<svg width="720" height="200" font-size="11" role="img" aria-label="risks">'
-            f"{bars(before, now, done.classes)}{place(points, (now.mean(), now.max()))}"
+            f"{_bars(before, now, done.classes)}{_place(points, (now.mean(), now.max()))}"
             f'<text x="10" y="194">average {now.mean():.3f}, '
             f"worst class {now.max():.3f}</text></svg>"
         )

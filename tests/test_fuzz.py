@@ -268,6 +268,7 @@ def test_any_command_line_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(
         "fairmix_nb.compare.one_run", lambda *a, **k: pytest.skip("a command line that works")
     )
+    monkeypatch.setattr("fairmix_nb.compare.processes_for", lambda *a: None)
     rng = random.Random(seed)
     argv = rng.choice([["compare"], ["show"], []]) + rng.choices(WORDS, k=rng.randrange(1, 7))
     try:

@@ -431,7 +431,7 @@ def test_a_method_is_a_value(name):
         (lambda: Averaged(gate=0.5), "every must be 'epoch'"),
         (lambda: Averaged(gate=80, every="epoch"), r"gate must be a risk in \[0, 1\], got 80"),
         (lambda: Averaged(decay=1), r"decay must lie in \(0, 1\), got 1"),
-        (lambda: described(dict(kind="DAFA")), "'DAFA' is not defined here"),
+        (lambda: described(dict(kind="Mine")), "'Mine' is not defined here"),
     ],
 )
 def test_what_is_no_method_is_refused_with_the_nearest_that_is(make, says):
