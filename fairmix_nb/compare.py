@@ -154,8 +154,7 @@ def one_run(plan, data, seed, name, progress=False):
         return kept
     with few_threads(data):
         done = trained(plan, name, seed, data, progress)
-        bar = progress and f"{name}, seed {seed}, attacked"
-        found = attacked(plan, done.model, data.test, bar)
+        found = attacked(plan, done.model, data.test, progress and f"{name}, seed {seed}")
         about = dict(kind="run", method=name, seed=seed, test=data.test.digest(), attacks=found)
         if name in plan.mend:
             about["mended"] = mended(plan, done.model, data)
@@ -310,19 +309,10 @@ def new_record(data, seeds, plan, load_kw, notes):
         notes.append(f"offsets are chosen on validation images, at least {few} of a class")
     config.update(attacks=list(plan.attacks), model=model, cfg=asdict(plan.cfg), load=load_kw)
     config.update(start_from=start)
-    same = identity(plan, data, seeds[0])
-    return dict(
-        identity=same,
-        schema=SCHEMA,
-        kind="comparison",
-        config=json.loads(json.dumps(config)),
-        classes=list(data.test.classes),
-        data=data.describe(),
-        provenance=provenance(plan.device),
-        device=plan.device,
-        notes=notes,
-        runs=[],
-    )
+    found = dict(identity=identity(plan, data, seeds[0]), schema=SCHEMA, kind="comparison")
+    found.update(config=json.loads(json.dumps(config)), classes=list(data.test.classes))
+    found.update(data=data.describe(), provenance=provenance(plan.device), device=plan.device)
+    return found | dict(notes=notes, runs=[])
 
 # %% ../nbs/20_compare.ipynb #8bf00194
 def open_folder(out, record, resume):
