@@ -369,7 +369,7 @@ def test_more_certainty_and_less_mixing_take_more_points(problem, g, errors):
 def test_tempered_priors_are_shares_and_balanced_ones_stay(priors, g):
     a = tempering.tempered_priors(priors, g)
     close(a.sum(), 1)
-    assert list(np.argsort(priors, kind="stable")) == list(np.argsort(a, kind="stable"))
+    assert (np.diff(a[np.argsort(priors, kind="stable")]) >= -1e-15).all()  # up to rounding
     close(tempering.tempered_priors([0.3] * len(priors), g), 1 / len(priors))
 
 
