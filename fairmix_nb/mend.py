@@ -28,7 +28,7 @@ from .attacks import Climb, Threat, one_of
 from .audit import check_model, chunks_of
 from .data import load, rank_in_class
 from .diagnosis import Counted, attackable
-from .records import SCHEMA, Journal, pick_device, progress_bar, tensor_digest
+from .records import SCHEMA, Journal, digest, pick_device, progress_bar, tensor_digest
 from .records import write_aside
 from .report import Outcome, canvas, class_rows, columns, html_table, name_ticks
 from .report import short, spread_rows
@@ -674,7 +674,9 @@ def mend_checkpoint(
         raise ValueError("eps must be given: the checkpoint names no radius")
     done = mend(net, images.val, eps, out=out, **how)
     done.save(out)
-    write_aside(Path(out) / "last.pt", partial(torch.save, into_bias(net, done.offsets)))
+    content = dict(found, result=into_bias(net, done.offsets))  # seed, split, classes stay
+    content = dict(content, sha256=digest(content)) if found else content["result"]
+    write_aside(Path(out) / "last.pt", partial(torch.save, content))
     return done
 
 

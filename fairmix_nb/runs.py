@@ -473,6 +473,6 @@ def as_trained(
     try:
         split = found.get("split") or json.loads(record.read_text())["data"]["split"]
         keys = ("size", "per_class", "val_per_class", "test_per_class")
-        return {k: split.get(k) for k in (keys if split["rule"] == "thirds" else keys[:1])}
+        return {k: split.get(k) for k in (keys if split["rule"] == "thirds" else keys[:3])}
     except (OSError, ValueError, KeyError, TypeError):
         return dict(size=tuple(found["shape"][1:])) if "shape" in found else {}

@@ -201,7 +201,8 @@ def test_command_line(trained, tmp_path, capsys):
     x = data.test.floats()[:20]
     assert torch.allclose(mended(x), net(x) + offsets.float(), atol=1e-4)
     assert main(words) == 2 and "exists" in capsys.readouterr().err
-    attacks = ["--attacks", "pgd-2", "--test-subset", "3", "--eps", "0.1"]
+    assert load_model(out, 10, 1)[1]["data"] == data.digest()  # so that another split is refused
+    attacks = ["--attacks", "pgd-2", "--test-subset", "3"]  # the radius is in the checkpoint
     assert main(["audit", str(out), *attacks, "--out", str(tmp_path / "audit")]) == 0
     assert main(["mend", str(folder), "--objective", "best"]) == 2
     assert "objective must be worst, a power such as 2, or avg+1" in capsys.readouterr().err
