@@ -693,7 +693,7 @@ RED, GREEN = "#c44e52", "#55a868"
 
 
 def _bars(before, after, classes):
-    "Risks by class, twelve pixels wide each: grey as trained, green now, the worst in red."
+    "Risks by class: grey as trained, green now, the worst in red."
     parts, step = [], 460 / len(classes)
     for c, (low, high) in enumerate(zip(before, after)):
         x, colour = 10 + c * step, RED if high == max(after) else GREEN
