@@ -276,10 +276,11 @@ def check_labels(
     x: torch.Tensor,  # `(n, ...)`
 ) -> int:  # classes that the labels need
     "Refuse labels that do not fit the images"
-    if len(y) != len(x):
-        raise ValueError(f"y must hold one label per sample, {len(x)} of them, got {len(y)}")
-    if y.is_floating_point():
-        return y.shape[1] if y.ndim == 2 else 0
+    if not y.ndim or len(y) != len(x):
+        got = tuple(y.shape)
+        raise ValueError(f"y must hold one label per sample, {len(x)} of them, got {got}")
+    if y.is_floating_point() and y.ndim == 2:
+        return y.shape[1]
     if y.dtype != torch.long or y.ndim != 1:
         got = f"{tuple(y.shape)} {y.dtype}"
         raise ValueError(f"y must be (n,) long or (n, C) floating point, got {got}")
@@ -772,6 +773,9 @@ class Attack:
         self, model, x, y, eps, *, norm="linf", box=(0.0, 1.0), generator=None, check=True
     ):
         "Attacked points, like `x`; `generator` draws the starts, for attacks that have them"
+        if check:
+            x = check_images(x, eps.box if isinstance(eps, Threat) else box)
+            check_labels(y, x)
         kw = dict(generator=generator, norm=norm, box=box, check=check)
         return self.run(model, x, y, eps, **kw)
 

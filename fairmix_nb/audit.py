@@ -31,14 +31,23 @@ from .data import ImageSet, each_class, load
 from .diagnosis import Counted, Expected, Subject, attackable, diagnosis
 from .diagnosis import named_at, output_check, predicted
 from .models import dice
-from .records import SCHEMA, Journal, digest, pick_device, progress_bar, provenance
-from .records import tensor_digest, write_aside
+from .records import SCHEMA, Journal, bytes_of, digest, pick_device, progress_bar
+from .records import provenance, tensor_digest, write_aside
 from .report import SWEEP, Outcome, columns, short
 from .risk import Paired, class_counts, classwise_risk, mcnemar, pack_flags
 from .risk import paired_bootstrap, sequential_interval, worst_class, worst_difference
 from .runs import as_trained, load_model, read_weights
 
 # %% ../nbs/18_audit.ipynb #3f08a430
+def check_pair(x, y):
+    "Refuse what are not as many labels as images"
+    if not isinstance(y, Tensor) or not (x.ndim and y.ndim) or len(x) != len(y):
+        got = (
+            f"{tuple(x.shape)} and {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}"
+        )
+        raise ValueError(f"x and y must be tensors, equally many, got {got}")
+
+
 def pairs_of(
     data: object,  # an ImageSet, a pair (x, y) of tensors, or a DataLoader of such pairs
     batch: int,  # images at a time (a DataLoader has its own)
@@ -48,8 +57,7 @@ def pairs_of(
         return ((data.floats(i), data.y[i]) for i in torch.arange(len(data)).split(batch))
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
         x, y = data
-        if len(x) != len(y):
-            raise ValueError(f"x and y must be equally many, got {len(x)} and {len(y)}")
+        check_pair(x, y)
         return zip(x.split(batch), y.split(batch))
     if hasattr(data, "__iter__") and not isinstance(data, Tensor):
         return iter(data)
@@ -113,6 +121,8 @@ class InTurn:
                 f"of tensors, got {type(data).__name__}"
             )
         y = data[1] if pair else data.y
+        if pair:
+            check_pair(*data)
         if not 0 < within < 0.5:
             raise ValueError(f"within must lie in (0, .5), got {within}")
         order, y = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)), y.cpu()
@@ -337,7 +347,7 @@ class Hashes:
 
     def add(self, *tensors):
         for h, t in zip(self.parts, tensors):
-            h.update(t.cpu().contiguous().numpy().tobytes())
+            h.update(bytes_of(t))
 
     def hexdigest(self):
         return hashlib.sha256(b"".join(h.digest() for h in self.parts)).hexdigest()[:16]

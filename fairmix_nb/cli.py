@@ -196,6 +196,7 @@ def train_arguments(a):
     a("--schedule", type=parse_schedule, help="step,50,.1 or cyclic,.4 or constant")
     for name, kind in RECIPE.items():
         a("--" + name.replace("_", "-"), type=kind, metavar=kind.__name__.upper())
+    a("--drop-last", action="store_true", default=None, help="leave out an incomplete last batch")
     a("--device", default="auto", help="auto, cpu or cuda")
     a("--procs", type=int, default=1, help="processes on this machine, without torchrun")
     a("--shard", action="store_true", help="each process holds a part of the training set")
@@ -369,7 +370,7 @@ def run_train(args):
     "The run that the arguments ask for: its last epoch, and its folder."
     known("method", [args.method], METHODS + MORE)
     known("model", [args.model], MODELS)
-    given = {name: getattr(args, name) for name in (*RECIPE, "schedule")}
+    given = {name: getattr(args, name) for name in (*RECIPE, "schedule", "drop_last")}
     given["eps"] = args.eps and parse_eps(args.eps)
     TrainCfg = importlib.import_module("fairmix_nb.methods").TrainCfg
     load = importlib.import_module("fairmix_nb.data").load

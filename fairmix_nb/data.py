@@ -590,14 +590,14 @@ def batches(
     generator: torch.Generator,  # shuffles; the indices live on its device
     *,
     drop_last: bool = False,  # True: leave out an incomplete last batch
-    alone: bool = True,  # False: a last batch of one joins the one before
+    least: int = 1,  # a last batch with fewer images joins the one before
 ) -> tuple:  # index tensors `(size,)`
     "One epoch: a permutation of 0..n-1 cut in batches."
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     order = torch.randperm(n, generator=generator, device=generator.device)
     cut = order[: n // size * size if drop_last else n].split(size)
-    if alone or len(cut) < 2 or len(cut[-1]) > 1:
+    if len(cut) < 2 or len(cut[-1]) >= least:
         return cut
     return (*cut[:-2], torch.cat(cut[-2:]))
 

@@ -55,9 +55,13 @@ def risks_at(
     return classwise_risk(wrong_at(margins, y, offsets), y, margins.shape[1])
 
 
-def tie_of(margins: np.ndarray) -> float:  # margins `(n, C)`; room to leave, a millionth of them
+def tie_of(
+    margins: np.ndarray,  # `(n, C)`
+) -> np.ndarray:  # `(n, 1)`: a millionth of the image's largest margin, or of a usual one
     "What a float32 logit may lose by rounding: a margin that small is a tie"
-    return 1e-6 * max(float(np.abs(margins[np.isfinite(margins)]).max()), 1e-12)
+    size = np.abs(np.where(np.isfinite(margins), margins, 0))
+    usual = np.median(size[size > 0]) if size.any() else 1.0
+    return 1e-6 * np.maximum(size.max(1, keepdims=True), usual)
 
 
 def linear_margins(
@@ -79,10 +83,11 @@ def linear_margins(
 def by_class(
     margins: np.ndarray,  # `(n, C)`
     y: np.ndarray,  # classes `(n,)`
-    tie: float,  # room to leave: a smaller margin is an error
+    tie: float | np.ndarray,  # room to leave, `(n, 1)`: a smaller margin is an error
 ) -> list:  # `(C, n_c)` for each class
     "The margins of each class, a column for each of its images, less the room left to a tie"
-    return [np.ascontiguousarray((margins[y == c] - tie).T) for c in range(margins.shape[1])]
+    room = margins - tie
+    return [np.ascontiguousarray(room[y == c].T) for c in range(margins.shape[1])]
 
 
 def least_offsets(
@@ -453,10 +458,14 @@ def mend_at(
     given = margins if isinstance(margins, dict) else dict(margins=margins)
     matrices = {k: np.asarray(m, float) for k, m in given.items()}
     last, y = list(matrices.values())[-1], np.asarray(y)
+    if last.ndim != 2 or last.shape[1] < 2 or not len(last):
+        raise ValueError(f"margins must be (n, C) with n >= 1 and C >= 2, got {last.shape}")
     n, n_cls = last.shape
-    if len(y) != n or y.min() < 0 or y.max() >= n_cls:
-        raise ValueError(f"y must be {n} classes in 0..{n_cls - 1}, got {len(y)} up to {y.max()}")
-    if not (np.isfinite(last) ^ (y[:, None] == np.arange(n_cls))).all():
+    if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= n_cls:
+        got = f"{y.shape} {y.dtype}" + (f" up to {y.max()}" if y.size else "")
+        raise ValueError(f"y must be {n} classes in 0..{n_cls - 1}, got {got}")
+    own = y[:, None] == np.arange(n_cls)
+    if not np.where(own, last == np.inf, np.isfinite(last)).all():
         raise ValueError("margins must be finite, and infinite at the image's own class")
     names = tuple(map(str, range(n_cls) if classes is None else classes))
     if len(names) != n_cls:

@@ -177,6 +177,8 @@ def check_numbers(cfg):
         value = getattr(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if not isinstance(cfg.drop_last, bool):
+        raise ValueError(f"drop_last must be True or False, got {cfg.drop_last!r}")
     if not 0 < cfg.lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {cfg.lr}")
     for name, below in dict(weight_decay=math.inf, smoothing=1.0).items():
@@ -197,6 +199,7 @@ class TrainCfg(Named):
     bn_attack: str = "train"  # BatchNorm while attacking: 'train', 'train_frozen', 'eval'
     epochs: int = 80  # passes over the training set
     batch: int = 256  # images a step
+    drop_last: bool = False  # leave out an incomplete last batch
     optimizer: str = "adam"  # 'adam', or 'sgd' with momentum 0.9
     lr: float = 1e-3  # learning rate, at its highest
     weight_decay: float = 0.0  # L2 penalty

@@ -33,7 +33,7 @@ from .data import Data, batches
 from .methods import Method, TrainCfg, method_of
 from .records import pick_device, write_aside
 from .runs import load_checkpoint
-from .train import Alone, Fit, fit
+from .train import Alone, Fit, cut_of, fit
 from .train import resume as resume_run
 
 # %% ../nbs/25_ranks.ipynb #a160c68c
@@ -64,18 +64,22 @@ class Ranks:
         self,
         batch: int,  # images a step, over all processes
         generator: torch.Generator,  # the same in all processes
+        drop_last: bool = False,  # True: leave out an incomplete last batch
+        least: int = 1,  # a last batch with fewer images, over all processes, joins the one before
     ) -> list:  # per step: indices of this process, factor of its loss
         "One epoch: this process's slice of every global batch"
+        how, s = dict(drop_last=drop_last), self.size
         if self.shard:
-            sizes = [len(range(r, self.n, self.size)) for r in range(self.size)]
-            own = [batches(m, batch // self.size, generator) for m in sizes]
+            sizes = [len(range(r, self.n, s)) for r in range(s)]
+            own = [batches(m, batch // s, generator, least=least // s, **how) for m in sizes]
             steps = itertools.zip_longest(*own, fillvalue=own[0][0][:0])
         else:
-            steps = [idx.tensor_split(self.size) for idx in batches(self.n, batch, generator)]
+            whole = batches(self.n, batch, generator, least=least, **how)
+            steps = [idx.tensor_split(s) for idx in whole]
         found = []
         for slices in steps:
             mine, all_ = slices[self.rank], sum(map(len, slices))
-            idx = mine if len(mine) else torch.zeros_like(max(slices, key=len)[:1])  # factor 0
+            idx = mine if len(mine) else torch.zeros_like(max(slices, key=len)[:2])  # factor 0
             found.append((idx, self.size * len(mine) / all_))
         return found
 
@@ -105,7 +109,8 @@ def join(self: Ranks, run):
 def steps(self: Ranks, run):
     "An epoch's index tensors of this process, each with the factor of its loss"
     seed_ranks(self.rank, run.streams, run.cfg.seed, run.epoch - 1)
-    return self.batches(run.cfg.batch, run.streams["order"])
+    how = cut_of(run, self.n, self.size)
+    return self.batches(run.cfg.batch, run.streams["order"], **how)
 
 
 @patch

@@ -222,3 +222,14 @@ def test_a_network_without_hope_is_said():
 def test_logits_that_are_none():
     with pytest.raises(ValueError, match="logits"):
         mend(nn.Flatten(0), (torch.rand(30, 1, 4, 4), torch.arange(30) % 3), 0.1)
+
+
+@pytest.mark.parametrize("huge", [1e3, 1e10, 1e300])
+def test_one_huge_margin_does_not_drown_the_others(huge):
+    "Two classes of three images: at offset zero each loses one, and one point of offset saves it."
+    m = np.full((6, 2), np.inf)
+    m[:3, 1], m[3:, 0] = [-2.47, huge, 1.19], [5.20, 0.29, -0.31]
+    y = np.repeat([0, 1], 3)
+    front = Front(m, y)
+    assert front.risks(front.fair).tolist() == [1 / 3, 0]
+    assert 0.31 < np.diff(front.fair)[0] < 1.19

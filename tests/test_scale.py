@@ -61,6 +61,7 @@ SAME_IN_BOTH = {
     "whole": (TINY, BOTH, {}),
     "shard": (replace(TINY, epochs=1), BOTH, dict(shard=True)),
     "set": (replace(TINY, epochs=1), Pipeline(BOTH.steps, partner="set"), {}),
+    "three left": (replace(TINY, epochs=1, batch=134), BOTH, {}),  # 1,075 images: one is alone
     "moving": (replace(TINY, epochs=2, attack="fgsm"), Moving(), {}),
 }
 
@@ -78,9 +79,8 @@ def nothing_waits_forever():
 
 def with_bn(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
-    )
+    body = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*body, nn.BatchNorm1d(144), nn.Linear(144, 10))
 
 
 def digits(n=None):

@@ -4,6 +4,7 @@ answer."""
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -632,9 +633,13 @@ def test_a_last_batch_of_one_joins_the_one_before(digits):
     size = next(k for k in range(64, n) if n % k == 1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
     cfg = TrainCfg(eps=0.1, epochs=2, batch=size)
-    with pytest.warns(UserWarning, match="a last batch of one joins the one before") as told:
+    with pytest.warns(UserWarning, match="a last batch of 1 joins the one before") as told:
         fit(net, digits, cfg, "natural", watched=1, **QUIET)
     assert sum("last batch" in str(w.message) for w in told) == 1
+    dropped = fit(net, digits, replace(cfg, drop_last=True), "natural", watched=1, **QUIET)
+    assert dropped.record["gradient_evaluations"] == 2 * (n - 1)
+    with pytest.raises(ValueError, match="drop_last must be True or False, got 'yes'"):
+        TrainCfg(drop_last="yes")
 
 
 def test_images_of_four_pixels_a_side():
@@ -773,3 +778,40 @@ def test_a_model_in_training_mode_is_said(digits, trained):
     with pytest.warns(UserWarning, match="came in training mode"):
         audit(net, few, 0.1, ("clean",), diagnose=0, **QUIET)
     assert net.training
+
+
+# ---- odd values that ten thousand drawn ones met
+
+
+@pytest.mark.parametrize("name", ["clean", "pgd-1x3"])
+@pytest.mark.parametrize(
+    "x, y, told",
+    [
+        (torch.full((2, 1, 3, 3), math.inf), torch.tensor([0, 1]), "x must lie in the box"),
+        (torch.rand(2, 1, 3, 3), torch.tensor([], dtype=torch.half), "one label per sample"),
+        (torch.rand(2, 1, 3, 3), torch.tensor([0.0, 1.0]), "long or"),
+        (torch.tensor(0.5), torch.tensor(0), "shape"),
+    ],
+)
+def test_attacks_by_name_look_before_they_begin(name, x, y, told):
+    g = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=told):
+        attack_by_name(name)(lambda z: z.flatten(1)[:, :2], x, y, 0.1, generator=g)
+
+
+def test_images_in_bfloat16_are_audited():
+    x, y = torch.rand(8, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+
+    def net(z):
+        return z.flatten(1).float()[:, :3]
+
+    found, want = (
+        audit(net, (v, y), 0.1, ("clean",), diagnose=0, **QUIET) for v in (x.bfloat16(), x)
+    )
+    assert (found.flags("clean") == want.flags("clean")).all()
+
+
+@pytest.mark.parametrize("y", [torch.tensor(0), torch.arange(3), [0, 1]])
+def test_a_pair_that_is_none_is_refused(y):
+    with pytest.raises(ValueError, match="x and y must be tensors, equally many"):
+        audit(lambda z: z.flatten(1), (torch.rand(2, 1, 2, 1), y), 0.1, **QUIET)
