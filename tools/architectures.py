@@ -31,7 +31,7 @@ NAMES = """squeezenet1_0 squeezenet1_1 resnet18 shufflenet_v2_x0_5 mobilenet_v2 
 mobilenet_v3_large mnasnet0_5 regnet_x_400mf regnet_y_400mf efficientnet_b0 googlenet densenet121
 inception_v3 maxvit_t swin_t swin_v2_t convnext_tiny resnet50 resnext50_32x4d efficientnet_v2_s
 densenet169 vit_b_16 alexnet vgg11_bn""".split()
-SIDES = dict(inception_v3=96, maxvit_t=64, vit_b_16=64)
+SIDES = dict(inception_v3=128)
 QUIET = dict(progress=False, device="cpu")
 
 
@@ -46,11 +46,13 @@ def network(name):
         return torchvision.models.MaxVit(
             input_size=(64, 64), stem_channels=32, partition_size=2, block_channels=[32, 64],
             block_layers=[1, 1], head_dim=16, stochastic_depth_prob=0.1, num_classes=10,
-        )  # fmt: skip
+        ).eval()  # fmt: skip
     net = torchvision.models.get_model(name, **words)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.uniform_(-0.1, 0.1), m.running_var.uniform_(0.5, 1.5)
+    if name == "vit_b_16":
+        nn.init.normal_(net.heads.head.weight, std=0.02)  # zero as it comes: no logits to compare
     return net.eval()
 
 
