@@ -2,10 +2,12 @@
 example that once gave a wrong number without a word, or died after the work, with its right
 answer."""
 
+import cProfile
 import errno
 import json
 import math
 import os
+import pstats
 import subprocess
 import sys
 import warnings
@@ -815,3 +817,31 @@ def test_images_in_bfloat16_are_audited():
 def test_a_pair_that_is_none_is_refused(y):
     with pytest.raises(ValueError, match="x and y must be tensors, equally many"):
         audit(lambda z: z.flatten(1), (torch.rand(2, 1, 2, 1), y), 0.1, **QUIET)
+
+
+NEW = (
+    "attackable identity check_images check_labels check_pair number_check output_check dice_check"
+)
+
+
+@pytest.mark.slow
+def test_the_checks_cost_an_audit_less_than_two_percent(capsys):
+    "Looking for what is no number, folding compared, identity by content: share of the time."
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    data = torch.rand(200, 3, 32, 32, generator=g), torch.arange(200) % 10
+    seen = cProfile.Profile()
+    attacks = ("clean", "fgsm", "pgd-50", "apgd-ce", "apgd-t")
+    seen.runcall(audit, build("resnet20", 10, 3, 0).eval(), data, 8 / 255, attacks, **QUIET)
+    stats = pstats.Stats(seen).stats  # (file, line, name) -> calls, own calls, own time, time with
+
+    def spent(*names):
+        return sum(v[3] for k, v in stats.items() if k[2] in names)
+
+    digests = sum(v[3] for k, v in stats.items() if k[2] == "add" and "audit" in k[0])
+    finite = sum(v[2] for k, v in stats.items() if "isfinite" in k[2])
+    share = (spent(*NEW, "dice_check") + digests + finite) / spent("audit")
+    with capsys.disabled():
+        print(f"\nchecks: {100 * share:.2f} % of {spent('audit'):.0f} s")
+    assert spent("attackable") and spent("identity") and finite
+    assert share < 0.02

@@ -31,7 +31,7 @@ NAMES = """squeezenet1_0 squeezenet1_1 resnet18 shufflenet_v2_x0_5 mobilenet_v2 
 mobilenet_v3_large mnasnet0_5 regnet_x_400mf regnet_y_400mf efficientnet_b0 googlenet densenet121
 inception_v3 maxvit_t swin_t swin_v2_t convnext_tiny resnet50 resnext50_32x4d efficientnet_v2_s
 densenet169 vit_b_16 alexnet vgg11_bn""".split()
-SIDES = dict(inception_v3=128)
+SIDES = dict(inception_v3=299)  # its auxiliary head fits no smaller image
 QUIET = dict(progress=False, device="cpu")
 
 

@@ -359,7 +359,7 @@ def main() -> int:
         if path and path.exists()
         else dict(schema=1, kind="mutation", provenance={}, modules={}, mutants=[])
     )
-    from fairmix_nb.train import provenance
+    from fairmix_nb.records import provenance
 
     origin = provenance()
     record["provenance"] = origin
