@@ -91,6 +91,12 @@ def test_links_lead_somewhere(path):
             assert place in slugs | {t.replace(" ", "-") for _, _, t in book.headings(there)}, link
 
 
+@pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
+def test_a_chapter_is_called_by_the_number_of_its_file(path):
+    for number, file in re.findall(r"[cC]hapters? (\d+)\]\((\d\d)_", texts(path)):
+        assert int(number) == int(file), f"chapter {number} links to {file}"
+
+
 @pytest.mark.parametrize("module", book.modules())
 def test_every_public_name_says_what_it_is(module):
     about, names = book.api(module)
