@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/19_mend.ipynb #c005x244499
 from .attacks import Climb, Threat, one_of
-from .audit import check_model, chunks_of
+from .audit import check_model, chunks_of, names_of
 from .data import load, rank_in_class
 from .diagnosis import Counted, attackable
 from .records import SCHEMA, Journal, digest, pick_device, progress_bar, tensor_digest
@@ -127,8 +127,7 @@ def minimax(
         if found is None:
             low = middle
         else:
-            high, best = middle, found
-            start = found  # a harder level needs no smaller offsets
+            high, best, start = middle, found, found  # a harder level needs no smaller offsets
     return best, float(levels[high])
 
 # %% ../nbs/19_mend.ipynb #c018x804276
@@ -403,8 +402,8 @@ def offsets_for(
 def _part_of_outcome(matrix, y, offsets):
     "The piece of a record that one matrix gives at some offsets, images in order of class."
     wrong = wrong_at(matrix, y, offsets)[np.argsort(y, kind="stable")]
-    count = np.bincount(np.sort(y), wrong, matrix.shape[1]).astype(int).tolist()
-    return dict(wrong=count, flags=pack_flags(wrong))
+    count = np.bincount(np.sort(y), wrong, matrix.shape[1]).astype(int)
+    return dict(wrong=count.tolist(), flags=pack_flags(wrong))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -422,9 +421,9 @@ class Mended:
     def outcome(self, offsets) -> Outcome:
         "Class by class at other offsets"
         parts = {a: _part_of_outcome(m, self.y, offsets) for a, m in self.matrices.items()}
+        found = dict(schema=SCHEMA, kind="audit", classes=list(self.classes), test="")
         n = np.bincount(self.y, minlength=len(self.classes)).tolist()
-        found = dict(schema=SCHEMA, kind="audit", classes=list(self.classes), n=n, test="")
-        return Outcome(found | dict(attacks=parts))
+        return Outcome(found | dict(n=n, attacks=parts))
 
     @property
     def before(self) -> Outcome:
@@ -462,16 +461,11 @@ def mend_at(
         raise ValueError(f"margins must be (n, C) with n >= 1 and C >= 2, got {last.shape}")
     n, n_cls = last.shape
     if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= n_cls:
-        got = f"{y.shape} {y.dtype}" + (f" up to {y.max()}" if y.size else "")
-        raise ValueError(f"y must be {n} classes in 0..{n_cls - 1}, got {got}")
-    own = y[:, None] == np.arange(n_cls)
-    if not np.where(own, last == np.inf, np.isfinite(last)).all():
+        raise ValueError(f"y must be {n} classes in 0..{n_cls - 1}, got {y.shape} {y.dtype}: {y}")
+    if not np.where(y[:, None] == np.arange(n_cls), last == np.inf, np.isfinite(last)).all():
         raise ValueError("margins must be finite, and infinite at the image's own class")
-    names = tuple(map(str, range(n_cls) if classes is None else classes))
-    if len(names) != n_cls:
-        raise ValueError(f"classes must name {n_cls} columns, got {len(names)}")
-    lost = ", ".join(c for c, k in zip(names, np.bincount(y, minlength=n_cls)) if not k)
-    if lost:
+    names = tuple(names_of(classes, None, n_cls))
+    if lost := ", ".join(c for c, k in zip(names, np.bincount(y, minlength=n_cls)) if not k):
         raise ValueError(f"every class needs images to choose its offset on, got none of {lost}")
     return Mended(offsets_for(Front(last, y), objective), names, y, matrices, objective)
 
