@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Train, mend and judge the CIFAR-10 networks of nbs/19_mend.ipynb: what is missing of each.
+"""Mend and judge the CIFAR-10 networks of nbs/19_mend.ipynb, the bases of tools/cifar_cures.py.
 
-    python tools/cifar_mend.py --train --epochs 6     # ResNet-20, N-FGSM at 8/255 -> runs/mend
-    python tools/cifar_mend.py --judge --epochs 6     # -> nbs/results/cifar_mend/nfgsm6-s0.json
+    python tools/cifar_mend.py --seeds 0     # runs/cifar_cures/at-base-0 -> nbs/results/cifar_mend
 
-A network and its matrices of margins stay in runs/mend/NAME (not tracked): an interrupted run goes
-on from its last epoch, an interrupted matrix from its last batch. 3,000 training images, 300 a
-class, are held out of training; offsets are chosen on them. The record keeps the matrices in half
-precision, so that whoever reads it can choose other offsets. `--data` names a folder with train/
-and test/ of class folders, or 'cifar10' (torchvision).
+Matrices of margins stay beside the network (not tracked): an interrupted one goes on from its last
+batch. 3,000 training images, 300 a class, were held out of training; offsets are chosen on them.
+The record keeps the matrices in half precision, so that whoever reads it can choose other offsets,
+and is written again as more of it is known. `--data` names a folder with train/ and test/ of class
+folders, or 'cifar10' (torchvision).
 """
 
 import argparse
@@ -23,42 +22,21 @@ import torch
 from fairmix_nb.attacks import Threat
 from fairmix_nb.data import load, spread_subset
 from fairmix_nb.mend import Front, margins, with_offsets
-from fairmix_nb.methods import FAST, TrainCfg
-from fairmix_nb.models import build
 from fairmix_nb.records import SCHEMA, provenance, write_aside
 from fairmix_nb.report import attack_errors, outcome_of
-from fairmix_nb.runs import checkpoints, load_model
-from fairmix_nb.train import fit, resume
+from fairmix_nb.runs import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-HELD_OUT, EPS = 300, 8 / 255
+HELD_OUT, EPS = 300, 8 / 255  # as in tools/cifar_cures.py
 # name -> part, images, radius in units of EPS, steps: in the order of their worth
 MATRICES = dict(
     val=("val", 3000, 1, 10),
-    test=("test", 2000, 1, 20),
+    test=("test", 2000, 1, 10),
     val_half=("val", 1000, 0.5, 10),
     train=("train", 1000, 1, 10),
     test_half=("test", 1000, 0.5, 10),
 )
-JUDGES = {"apgd-t": 300, "autoattack": 60}  # attack -> test images
-
-
-def recipe(epochs, seed):
-    return TrainCfg(**FAST | dict(epochs=epochs), eps=EPS, attack="nfgsm", seed=seed)
-
-
-def train(data, epochs, seed, out):
-    "Train a network, or go on from its last checkpoint."
-    cfg, model = recipe(epochs, seed), build("resnet20", data.train.n_cls, 3, seed)
-
-    def on_epoch(row):
-        told = {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}
-        print(f"{time.strftime('%H:%M:%S')} {out.name} epoch {row['epoch']} {told}", flush=True)
-
-    kw = dict(on_epoch=on_epoch, progress=False)
-    if checkpoints(out):
-        return resume(out, model, data, cfg, "at", **kw)
-    return fit(model, data, cfg, "at", out=out, **kw)
+JUDGES = {"apgd-t": 200, "autoattack": 50}  # attack -> test images
 
 
 def packed(matrix):
@@ -144,24 +122,18 @@ def judge(data, out, path, origin):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--train", action="store_true", help="train what is missing")
-    p.add_argument("--judge", action="store_true", help="mend and judge what is trained")
-    p.add_argument("--seeds", type=int, default=1)
-    p.add_argument("--epochs", type=int, default=15)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--data", default="cifar10", help="'cifar10' or a folder")
-    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "mend")
+    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "cifar_cures")
     p.add_argument("--records", type=Path, default=ROOT / "nbs" / "results" / "cifar_mend")
     args = p.parse_args()
     torch.set_num_threads(1)
     origin = provenance("cpu")
-    data = load(args.data, 0, val_per_class=HELD_OUT, progress=False)
-    for seed in range(args.seeds):
-        name = f"nfgsm{args.epochs}-s{seed}"
-        if args.train:
-            train(data, args.epochs, seed, args.runs / name)
-        if args.judge:
-            args.records.mkdir(parents=True, exist_ok=True)
-            judge(data, args.runs / name, args.records / f"{name}.json", origin)
+    args.records.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        data = load(args.data, seed, val_per_class=HELD_OUT, progress=False)
+        folder = args.runs / f"at-base-{seed}"
+        judge(data, folder, args.records / f"base-s{seed}.json", origin)
 
 
 if __name__ == "__main__":
