@@ -133,8 +133,9 @@ def growing(n, C):
 def test_the_solver_is_fast(n, C, most):
     m, y = growing(n, C)
     start = time.process_time()
-    b, level = minimax(by_class(m, y, tie_of(m)))
+    level = risks_at(m, y, Front(m, y).fair).max()
     seconds = time.process_time() - start
+    print(f"{n} images, {C} classes: {seconds:.2f} s")
     assert 0 < level < risks_at(m, y, np.zeros(C)).max()
     assert seconds < most, seconds
 

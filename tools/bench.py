@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tracemalloc
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,10 +48,13 @@ sys.path.insert(0, str(ROOT))
 from fairmix_nb.attacks import Threat, attack_by_name, fgsm, pgd
 from fairmix_nb.audit import audit
 from fairmix_nb.data import ImageSet, as_floats, augment, batches, load, make_data
+from fairmix_nb.mend import Front, margins
 from fairmix_nb.methods import METHODS, Pipeline, Run, TrainCfg, frozen, make_streams, mix_step
 from fairmix_nb.mixup import ClassTable, same_class_partner
-from fairmix_nb.models import build, fold_batchnorm
+from fairmix_nb.models import as_attacked, build, fold_batchnorm
 from fairmix_nb.records import provenance, write_aside
+from fairmix_nb.report import outcome_of
+from fairmix_nb.risk import class_counts, paired_bootstrap
 from fairmix_nb.train import Alone, fit, make_optimizer, numerics, run_epoch
 
 EPS = 8 / 255
@@ -131,7 +135,7 @@ def peak_bytes(job, device="cpu"):
         job()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     steps = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return int(np.cumsum(steps).max())
+    return int(np.cumsum(steps).max(initial=0))
 
 
 class Counter(TorchDispatchMode):
@@ -825,6 +829,135 @@ def block_audit(rounds, tiny):
     )
 
 
+# ---- mending, and what grows with what
+
+
+def gradients_alone(net, x, y, steps):
+    "As many gradients as the margins ask for, and nothing else."
+    for k in range(10):
+        rows = (y != k).nonzero()[:, 0]
+        for _ in range(steps):
+            z = x[rows].detach().requires_grad_()
+            logits = net(z)
+            torch.autograd.grad((logits[:, k] - logits.gather(1, y[rows, None])[:, 0]).sum(), z)
+
+
+def block_mend(rounds, tiny):
+    "M1: margins of a ResNet-20 against the gradients they are made of; seconds for 1,000 images."
+    n, steps, threads = *((4, 2) if tiny else (24, 20)), torch.get_num_threads()
+    torch.set_num_threads(1)
+    net, images = build("resnet20"), images_of(n)
+    x, y = images.floats(), images.y
+    with torch.no_grad():
+        net.train()(x)
+    folded = as_attacked(net.eval(), x)
+    last = x.contiguous(memory_format=torch.channels_last)
+    jobs = {
+        "margins": lambda: margins(net, x, y, EPS, steps=steps, device="cpu"),
+        "gradients alone": lambda: gradients_alone(folded, last, y, steps),
+    }
+    seconds = interleave(jobs, rounds, clock=time.process_time)
+    torch.set_num_threads(threads)
+    each = statistics.median(seconds["margins"]) / n
+    return dict(
+        config=dict(images=n, steps=steps, model="resnet20", clock="processor time, one thread"),
+        seconds=seconds,
+        ratios=dict(M1=ratio(seconds, "margins", "gradients alone")),
+        seconds_1000=1000 * each,
+    )
+
+
+def random_margins(n, n_cls):
+    "A matrix of margins of classes that are not alike, and labels."
+    rng, y = np.random.default_rng(0), np.arange(n) % n_cls
+    lift = 1.5 + 0.3 * np.log(n_cls) + 0.3 * rng.normal(size=(n_cls, n_cls))
+    m = lift[y] + rng.normal(size=(n, n_cls))
+    m[np.arange(n), y] = np.inf
+    return m, y
+
+
+def an_outcome(n, n_cls):
+    "What two attacks did to images of so many classes."
+    y = torch.arange(n) % n_cls
+    images = ImageSet(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), y, tuple(map(str, range(n_cls))))
+    flags = {a: torch.arange(n) % 7 < k for a, k in (("clean", 1), ("pgd-20", 3))}
+    return outcome_of(flags, images, EPS)
+
+
+def growth_jobs(tiny):
+    "Name of the axis -> value -> job."
+    few = 20 if tiny else 1
+    draw = np.random.default_rng(0)
+
+    def solve(n, n_cls):
+        return lambda m=random_margins(n, n_cls): Front(*m).fair
+
+    def find(n, n_cls=10, side=16):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * side**2, 64), nn.ReLU())
+        net.append(nn.Linear(64, n_cls))
+        images = images_of(n, side, n_cls)
+        x, y = images.floats(), images.y
+        return lambda: margins(net, x, y, EPS, steps=5, device="cpu", batch=n)
+
+    def count(n, n_cls):
+        y, wrong = np.arange(n) % n_cls, draw.random((4, n)) < 0.3
+        return lambda: class_counts(wrong, y, n_cls)
+
+    def redraw(n, n_cls):
+        y, (a, b) = np.arange(n) % n_cls, draw.random((2, n)) < 0.3
+        rng = np.random.default_rng(0)
+        return lambda: paired_bootstrap(a, b, y, n_cls, n_boot=200, rng=rng)
+
+    def tell(n, n_cls):
+        return lambda outcome=an_outcome(n, n_cls): str(outcome)
+
+    tens = [v // few for v in (10_000, 20_000, 40_000, 80_000)]
+    axes = {
+        "solver, images": {n: solve(n, 10) for n in [v // few for v in (2000, 4000, 8000, 16_000)]},
+        "solver, classes": {c: solve(8000 // few, c) for c in (10, 20, 40, 80)[: 2 if tiny else 4]},
+        "margins, images": {n: find(n) for n in [v // few for v in (80, 160, 320, 640)]},
+        "margins, classes": {c: find(640 // few, c) for c in ((5, 10) if tiny else (10, 100, 600))},
+        "margins, side": {s: find(160 // few, side=s) for s in ((4, 8) if tiny else (16, 32, 64))},
+        "counting, images": {n: count(n, 10) for n in tens},
+        "counting, classes": {c: count(tens[1], c) for c in (10, 100, 1000)},
+        "bootstrap, images": {n: redraw(n, 10) for n in tens},
+        "bootstrap, classes": {c: redraw(tens[1], c) for c in (10, 100, 1000)},
+        "report, images": {n: tell(n, 10) for n in tens},
+        "report, classes": {c: tell(tens[1], c) for c in (10, 100, 1000)},
+    }
+    return axes
+
+
+def peak_of(job):
+    "The most that `job` holds at once: arrays by NumPy's own count, or tensors."
+    tracemalloc.start()
+    job()
+    arrays = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return max(arrays, peak_bytes(job))
+
+
+def block_growth(rounds, tiny):
+    "Processor time and memory against images, classes and side; the power that each grows with."
+    threads, axes = torch.get_num_threads(), growth_jobs(tiny)
+    torch.set_num_threads(1)
+    jobs = {f"{axis} {v}": job for axis, at in axes.items() for v, job in at.items()}
+    seconds = interleave(jobs, min(rounds, 3), clock=time.process_time)
+    memory = {name: peak_of(job) for name, job in jobs.items()}
+    torch.set_num_threads(threads)
+    powers = {}
+    for axis, at in axes.items():
+        v = np.log(list(at))
+        took = [statistics.median(seconds[f"{axis} {k}"]) for k in at]
+        held = [memory[f"{axis} {k}"] for k in at]
+        powers[axis] = [
+            float(np.polyfit(v, np.log(np.maximum(w, 1e-9)), 1)[0]) for w in (took, held)
+        ]
+    axes = {axis: list(at) for axis, at in axes.items()}
+    config = dict(axes=axes, clock="processor time, one thread")
+    return dict(config=config, seconds=seconds, peak_bytes=memory, powers=powers)
+
+
 # ---- a GPU
 
 
@@ -990,7 +1123,7 @@ def block_crowd(rounds, tiny):
 BLOCKS = dict(
     step=block_step, data=block_data, scaling=block_scaling, tried=block_tried, crowd=block_crowd
 )
-BLOCKS.update(roofline=block_roofline, audit=block_audit)
+BLOCKS.update(roofline=block_roofline, audit=block_audit, mend=block_mend, growth=block_growth)
 
 
 def write(path, blocks, device, rounds, what):
