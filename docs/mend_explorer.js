@@ -38,6 +38,19 @@ const sliders = classes.map((name) => {
   return input;
 });
 
+const mean = (r) => r.reduce((a, v) => a + v) / r.length;
+
+// The choices as a front in the plane of average and worst class, and where the sliders are.
+function place(m, now) {
+  const spot = (r) => [mean(r), Math.max(...r)], all = Object.values(choices).map((b) => spot(risks(m, y, b)));
+  const here = spot(now), range = (i) => [...all, here].map((p) => p[i]);
+  const low = [0, 1].map((i) => Math.min(...range(i)) - 0.02), high = [0, 1].map((i) => Math.max(...range(i)) + 0.02);
+  const xy = (p) => [660 + (170 * (p[0] - low[0])) / (high[0] - low[0]), 210 - (190 * (p[1] - low[1])) / (high[1] - low[1])];
+  const line = all.sort((a, b) => a[0] - b[0]).map((p) => xy(p).join()).join(" "), [cx, cy] = xy(here);
+  return `<polyline points="${line}" fill="none" stroke="#55a868"/><circle id="here" cx="${cx}" cy="${cy}" r="5" fill="#c44e52"/>
+    <text x="745" y="228" text-anchor="middle" font-size="12" fill="currentColor">right: average, up: worst class</text>`;
+}
+
 for (const name of Object.keys(choices)) at("choice").append(new Option(name));
 at("choice").addEventListener("change", choose);
 at("clean").addEventListener("change", draw);
@@ -59,8 +72,9 @@ function draw() {
     parts.push(`<text x="${x + 0.41 * step}" y="228" text-anchor="middle" font-size="12" fill="currentColor">${classes[c]}</text>`);
     sliders[c].nextElementSibling.value = b[c].toFixed(2);
   }
+  parts.push(place(m, now));
   at("bars").innerHTML = parts.join("");
-  const mean = (r) => r.reduce((a, v) => a + v) / r.length, say = (v) => (100 * v).toFixed(1);
+  const say = (v) => (100 * v).toFixed(1);
   at("said").textContent =
     `worst class ${say(worst)} % (as trained ${say(Math.max(...before))} %), ` +
     `average ${say(mean(now))} % (${say(mean(before))} %)`;

@@ -383,7 +383,8 @@ def resume(
 # %% ../nbs/16_train.ipynb #6d33085c
 #| eval: false
 if __name__ == "__main__":  # `python -m fairmix_nb.train` means `fairmix train`
-    import importlib
+    import runpy
     import sys
 
-    sys.exit(importlib.import_module("fairmix_nb.cli").main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    runpy.run_module("fairmix_nb.cli", run_name="__main__")

@@ -4,6 +4,7 @@ Needs Chromium and `pip install -e '.[dev,browser,docs]'`. Set FAIRMIX_SHOTS to 
 the screenshots.
 """
 
+import base64
 import functools
 import http.server
 import json
@@ -19,7 +20,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from fairmix_nb.mend import risks_at
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +108,14 @@ def notebook(path, *sources):
     path.write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
 
 
+MENDED = """import numpy as np
+from fairmix_nb.mend import explore, mend_at
+rng, y = np.random.default_rng(0), np.arange(10_000) % 10
+m = 1.5 + 0.1 * y[:, None] + rng.normal(size=(10_000, 10))
+m[np.arange(10_000), y] = np.inf
+explore(mend_at(m, y))"""
+
+
 def workplace(top) -> dict:
     """A copy of the notebooks without their flagged cells and outputs, the tools beside it, and an
     environment of its own."""
@@ -129,6 +141,7 @@ def workplace(top) -> dict:
         "6 * 7",
     )
     notebook(top / "nbs" / "explore.ipynb", "from fairmix_nb.synthetic import explore\nexplore()")
+    notebook(top / "nbs" / "mend.ipynb", MENDED)
     settings = top / "settings" / "@jupyterlab"
     for name, value in {
         "notebook-extension/tracker": dict(windowingMode="none"),
@@ -253,16 +266,17 @@ def sliders_change_label_and_picture(page, where):
     page.wait_for_selector(f"{where} .noUi-handle", state="attached")
     handle, picture = (
         page.locator(f"{where} .noUi-handle").first,
-        page.locator(f"{where} img.widget-image, {where} .widget-image img").first,
+        page.locator(f"{where} .widget-image, {where} .widget-html:has(svg)").first,
     )
     handle.scroll_into_view_if_needed()
     readout = page.locator(f"{where} .widget-readout").first
-    before = readout.inner_text(), picture.get_attribute("src")
+    drawn = "e => e.outerHTML + (e.src || '')"
+    before = readout.inner_text(), picture.evaluate(drawn)
     handle.focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     for _ in range(100):
-        after = readout.inner_text(), picture.get_attribute("src")
+        after = readout.inner_text(), picture.evaluate(drawn)
         if after[0] != before[0] and after[1] != before[1]:
             return before[0], after[0]
         page.wait_for_timeout(100)
@@ -275,6 +289,16 @@ def test_the_explorer_moves_in_jupyterlab(page, lab):
     sliders_change_label_and_picture(page, ".jp-OutputArea")
     assert "gap" in page.locator(".jp-OutputArea .widget-html").first.inner_text()
     keep(page, "lab_explorer")
+    close_notebook(page)
+
+
+def test_a_network_is_mended_by_hand_in_jupyterlab(page, lab):
+    open_notebook(page, lab, "mend.ipynb")
+    run_all(page, 60)
+    sliders_change_label_and_picture(page, ".jp-OutputArea")
+    told = page.locator(".jp-OutputArea .widget-html:has(svg)").first
+    assert "worst class" in told.inner_text() and told.locator("circle").count() == 1
+    keep(page, "lab_mend")
     close_notebook(page)
 
 
@@ -317,12 +341,13 @@ def test_bars_finish_and_an_interrupted_training_leaves_the_kernel_usable(page, 
 # --- Voila ---------------------------------------------------------------------------------
 
 
-def test_the_explorer_moves_under_voila(page, place):
+@pytest.mark.parametrize("name", ["explore", "mend"])
+def test_the_explorer_moves_under_voila(page, place, name):
     top, env = place
     voila, port = shutil.which("voila") or pytest.skip("no Voila"), free_port()
     with open(top / "voila.log", "w") as log:
         process = subprocess.Popen(
-            [voila, "explore.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"],
+            [voila, f"{name}.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"],
             cwd=top / "nbs",
             env=env,
             stdout=log,
@@ -370,6 +395,7 @@ def site(tmp_path_factory):
         "names",
         "glossary",
         "bibliography",
+        "mend_explorer",
         *(f"modules/{m}" for m in book.modules()),
     ],
 )
@@ -387,6 +413,42 @@ def test_a_page_of_the_site_needs_no_network_and_shows_its_formulas(page, site, 
     assert not broken, broken
     if name in ("03_theory", "05_tempering"):
         assert shown > 100
+
+
+def test_a_network_is_mended_by_hand_on_the_site(page, site):
+    "What the page says is what Python says of the numbers that its sliders show."
+    import build
+
+    data = json.loads(build.mend_data().removeprefix("window.MEND = ").rstrip(";\n"))
+    y = np.array(data["y"])
+    m = np.frombuffer(base64.b64decode(data["margins"]), np.float16).reshape(len(y), -1)
+    page.goto(f"{site}/mend_explorer.html")
+    said, seen = page.locator("#said"), []
+
+    def agrees():
+        b = page.evaluate("[...document.querySelectorAll('#sliders input')].map(e => +e.value)")
+        r = risks_at(m.astype(float), y, np.array(b))
+        told = [float(v) for v in re.findall(r"([\d.]+) %", said.inner_text())]
+        assert np.allclose([told[0], told[2]], [100 * r.max(), 100 * r.mean()], atol=0.15), told
+        dot = page.locator("#here")
+        seen.append((told[0], dot.get_attribute("cx"), dot.get_attribute("cy")))
+
+    for name in data["choices"]:
+        page.locator("#choice").select_option(name)
+        agrees()
+    page.locator("#sliders input").first.focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    agrees()
+    assert len(set(seen)) >= len(data["choices"])  # numbers and dot move
+    each = page.evaluate(
+        "() => { const t = performance.now(); for (let i = 0; i < 20; i++) draw(); "
+        "return (performance.now() - t) / 20; }"
+    )
+    print(f"a frame for {len(y)} images: {each:.1f} ms")
+    assert each < 50 and not page.errors and not page.abroad
+    page.locator("#clean").check()
+    keep(page, "site_mend")
 
 
 def test_the_site_finds_tempering(page, site):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits_cures import clean_margins
+from digits_cures import clean_margins, differing
 
 from fairmix_nb.data import load, spread_subset
 from fairmix_nb.mend import margins, mend_at, wrong_at
@@ -156,7 +156,7 @@ def main(words=None):
     record = frame(args)
     if args.out.exists():
         kept = json.loads(args.out.read_text())
-        differ = [k for k in ("model", "base", "tuned", "steps", "images") if kept[k] != record[k]]
+        differ = differing(kept, record, ("model", "base", "tuned", "steps", "images"))
         if differ:
             raise SystemExit(f"{args.out} was made with another {', '.join(differ)}")
         record["runs"] = kept["runs"]

@@ -54,6 +54,15 @@ def recipe(epochs, seed, tuned=False):
     return TrainCfg(epochs=epochs, seed=seed, schedule=drop, **how)
 
 
+def differing(kept, record, names):
+    "What differs between two records; a field that recipes gained later has its default."
+
+    def today(v):
+        return TrainCfg(**v) if isinstance(v, dict) and "eps" in v else v
+
+    return [k for k in names if today(kept[k]) != today(record[k])]
+
+
 def trained(data, method, cfg, out=None, start=None):
     kw = dict(device="cpu", watched=1, progress=False)
     return fit(network(cfg.seed), data, cfg, method, out=out, start_from=start, **kw)
@@ -133,7 +142,7 @@ def main(words=None):
     record = frame(args.epochs)
     if args.out.exists():
         kept = json.loads(args.out.read_text())
-        differ = [k for k in ("epochs", "cfg", "methods") if kept[k] != record[k]]
+        differ = differing(kept, record, ("epochs", "cfg", "methods"))
         if differ:
             raise SystemExit(f"{args.out} was made with another {', '.join(differ)}")
         record = kept
