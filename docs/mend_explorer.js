@@ -40,15 +40,17 @@ const sliders = classes.map((name) => {
 
 const mean = (r) => r.reduce((a, v) => a + v) / r.length;
 
-// The choices as a front in the plane of average and worst class, and where the sliders are.
+// The choices in the plane of average and worst class, and where the sliders are.
 function place(m, now) {
-  const spot = (r) => [mean(r), Math.max(...r)], all = Object.values(choices).map((b) => spot(risks(m, y, b)));
-  const here = spot(now), range = (i) => [...all, here].map((p) => p[i]);
-  const low = [0, 1].map((i) => Math.min(...range(i)) - 0.02), high = [0, 1].map((i) => Math.max(...range(i)) + 0.02);
+  const spot = (r) => [mean(r), Math.max(...r)], names = Object.keys(choices);
+  const all = [...names.map((k) => spot(risks(m, y, choices[k]))), spot(now)];
+  const low = [0, 1].map((i) => Math.min(...all.map((p) => p[i])) - 0.02);
+  const high = [0, 1].map((i) => Math.max(...all.map((p) => p[i])) + 0.02);
   const xy = (p) => [660 + (170 * (p[0] - low[0])) / (high[0] - low[0]), 210 - (190 * (p[1] - low[1])) / (high[1] - low[1])];
-  const line = all.sort((a, b) => a[0] - b[0]).map((p) => xy(p).join()).join(" "), [cx, cy] = xy(here);
-  return `<polyline points="${line}" fill="none" stroke="#55a868"/><circle id="here" cx="${cx}" cy="${cy}" r="5" fill="#c44e52"/>
-    <text x="745" y="228" text-anchor="middle" font-size="12" fill="currentColor">right: average, up: worst class</text>`;
+  const dot = (p, r, fill, more) => `<circle cx="${xy(p)[0]}" cy="${xy(p)[1]}" r="${r}" fill="${fill}" ${more}</circle>`;
+  return names.map((k, i) => dot(all[i], 4, "#55a868", `><title>${k}</title>`)).join("") +
+    dot(all[names.length], 6, "none", 'id="here" stroke="#c44e52" stroke-width="2.5">') +
+    '<text x="745" y="228" text-anchor="middle" font-size="12" fill="currentColor">right: average, up: worst class</text>';
 }
 
 for (const name of Object.keys(choices)) at("choice").append(new Option(name));
