@@ -9,13 +9,15 @@ images a class are held out for every choice. From each base the methods and AT 
 train two epochs more at the rates of FAAL (.01, .001). Judged on `--test` test images: clean and by
 margins (Auto-PGD towards every wrong class), without and with offsets chosen on the held-out
 images; AutoAttack on the first `--autoattack` of them where asked for. A seed is finished before
-the next begins; runs/cifar_cures keeps the networks, the record is written after every one.
+the next begins; nbs/networks keeps the bases, runs/cifar_cures what is tuned from them, the record
+is written after every network.
 """
 
 import argparse
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +28,14 @@ from fairmix_nb.data import load, spread_subset
 from fairmix_nb.mend import margins, mend_at, wrong_at
 from fairmix_nb.methods import FAST, METHODS, TrainCfg, describe
 from fairmix_nb.models import build
-from fairmix_nb.records import SCHEMA, provenance, write_aside
+from fairmix_nb.records import SCHEMA, digest, provenance, write_aside
 from fairmix_nb.report import attack_errors
 from fairmix_nb.risk import pack_flags
-from fairmix_nb.runs import checkpoints
-from fairmix_nb.train import fit, resume
+from fairmix_nb.runs import checkpoints, load_model, read_checkpoint
+from fairmix_nb.train import Fit, fit, resume
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN = ("optimizer", "streams", "state")  # of a run: needed to go on with it, and by nobody else
 HELD_OUT, ROBUST = 300, dict(eps=8 / 255, attack="nfgsm", bn_attack="eval")
 TUNED = ("at", "trades", "ccm", "dafa", "frl", "faal", "codat", "variance", "wat", "cfol")
 TUNED += ("fairtat", "trix", "confsr", "skg", "attack_mix")
@@ -54,6 +57,24 @@ def trained(args, data, name, cfg, start=None):
     if checkpoints(out):
         return resume(out, net, data, cfg, METHODS[name], **kw)
     return fit(net, data, cfg, name, out=out, start_from=start if tuned else None, **kw)
+
+
+def kept_network(folder, path):
+    "The weights of a finished run for others to use, without what only the run itself needs."
+    content = {k: v for k, v in read_checkpoint(Path(folder) / "last.pt").items() if k not in OWN}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, partial(torch.save, dict(content, sha256=digest(content))))
+
+
+def base_of(args, data, cfg):
+    "The network that others go on from, trained where it is not there yet; and its file."
+    path = args.networks / f"{args.model}-s{cfg.seed}.pt"
+    if not path.exists():
+        trained(args, data, "at", cfg)
+        kept_network(args.runs / f"at-base-{cfg.seed}", path)
+    net, content = load_model(path, data.train.n_cls, 3, args.model)
+    cost = dict(gradient_evaluations=content["gradients"], seconds=content["seconds"])
+    return Fit(net, cost, content["curves"]), path
 
 
 def said(name, row):
@@ -87,13 +108,12 @@ def of_seed(args, seed, done):
         args.data, seed, val_per_class=args.held_out, per_class=args.per_class, progress=False
     )
     base, cfg = recipes(args.epochs, args.tuning, seed)
-    jobs = [("at", base, None)]
-    jobs += [(name, cfg, args.runs / f"at-base-{seed}" / "last.pt") for name in args.methods]
-    for name, recipe, start in jobs:
-        key = f"{name}, tuned" if start else name
+    first, start = base_of(args, data, base)
+    for name in (None, *args.methods):
+        key, recipe = (f"{name}, tuned", cfg) if name else ("at", base)
         if (key, seed) in done:
             continue
-        found = trained(args, data, name, recipe, start)
+        found = trained(args, data, name, recipe, start) if name else first
         spent = found.record["gradient_evaluations"] / len(data.train)
         about = dict(method=key, seed=seed, gradients=round(spent, 2))
         yield (
@@ -135,6 +155,7 @@ def main(words=None):
     p.add_argument("--data", default="cifar10", help="'cifar10', or a folder with train/ and test/")
     p.add_argument("--out", type=Path, default=ROOT / "nbs" / "results" / "cifar_cures.json")
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "cifar_cures")
+    p.add_argument("--networks", type=Path, default=ROOT / "nbs" / "networks", help="of the bases")
     p.add_argument("--methods", nargs="+", default=list(TUNED), choices=sorted(METHODS))
     p.add_argument("--model", default="resnet20", help="resnet18 with a GPU")
     p.add_argument("--device", default="cpu")
@@ -151,7 +172,7 @@ def main(words=None):
     if args.rehearse:
         args.held_out, args.per_class, args.val, args.test = 10, 40, 50, 50
         args.seeds, args.epochs, args.tuning, args.steps = 1, 1, 1, 2
-        args.autoattack = min(args.autoattack, 20)
+        args.autoattack, args.networks = min(args.autoattack, 20), args.runs
     torch.set_num_threads(1)
     record = frame(args)
     if args.out.exists():

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Mend and judge the CIFAR-10 networks of nbs/19_mend.ipynb, the bases of tools/cifar_cures.py.
 
-    python tools/cifar_mend.py --seeds 0     # runs/cifar_cures/at-base-0 -> nbs/results/cifar_mend
+    python tools/cifar_mend.py --seeds 0     # nbs/networks/resnet20-s0.pt -> nbs/results/cifar_mend
 
-Matrices of margins stay beside the network (not tracked): an interrupted one goes on from its last
+Matrices of margins stay in runs/mend/NAME (not tracked): an interrupted one goes on from its last
 batch. 3,000 training images, 300 a class, were held out of training; offsets are chosen on them.
 The record keeps the matrices in half precision, so that whoever reads it can choose other offsets,
 and is written again as more of it is known. `--data` names a folder with train/ and test/ of class
@@ -81,7 +81,7 @@ def choices(front):
 def judged(net, offsets, data, done):
     "The network before and after, under attacks that know nothing of a matrix."
     for attack, n in JUDGES.items():
-        images = spread_subset(data.test, n)
+        images = spread_subset(spread_subset(data.test, MATRICES["test"][1]), n)
         for name, model in {"before": net, "after": with_offsets(net, offsets)}.items():
             if f"{attack} {name}" in done:
                 continue
@@ -93,14 +93,15 @@ def judged(net, offsets, data, done):
             yield f"{attack} {name}", found.record
 
 
-def judge(data, out, path, origin):
+def judge(data, network, out, path, origin):
     "The record of a trained network, written again as more of it is known."
-    net, content = load_model(out, data.train.n_cls, 3, "resnet20")
-    run = json.loads((out / "record.json").read_text())
-    keys = ("cfg", "data", "provenance", "seconds", "epochs_done")
+    net, content = load_model(network)
+    if content["data"] != data.digest():
+        raise SystemExit(f"{network} was trained on data {content['data']}, got {data.digest()}")
+    keys = ("cfg", "data", "versions", "seconds", "epoch", "curves")
     record = dict(schema=SCHEMA, kind="cifar10 mended", name=out.name, provenance=origin)
-    record.update(classes=list(data.train.classes), trained={k: run[k] for k in keys})
-    record.update(curves=run["curves"], matrices={}, judged={})
+    record.update(classes=list(data.train.classes), trained={k: content[k] for k in keys})
+    record.update(matrices={}, judged={})
     if path.exists():
         record["judged"] = json.loads(path.read_text())["judged"]
     first, *others = MATRICES
@@ -124,7 +125,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--data", default="cifar10", help="'cifar10' or a folder")
-    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "cifar_cures")
+    p.add_argument("--networks", type=Path, default=ROOT / "nbs" / "networks")
+    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "mend")
     p.add_argument("--records", type=Path, default=ROOT / "nbs" / "results" / "cifar_mend")
     args = p.parse_args()
     torch.set_num_threads(1)
@@ -132,8 +134,9 @@ def main():
     args.records.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         data = load(args.data, seed, val_per_class=HELD_OUT, progress=False)
-        folder = args.runs / f"at-base-{seed}"
-        judge(data, folder, args.records / f"base-s{seed}.json", origin)
+        name = f"resnet20-s{seed}"
+        network, record = args.networks / f"{name}.pt", args.records / f"{name}.json"
+        judge(data, network, args.runs / name, record, origin)
 
 
 if __name__ == "__main__":
