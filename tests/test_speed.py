@@ -346,6 +346,7 @@ def test_waiting_threads_sleep_sooner_unless_told_otherwise():
         ["--only", "data", "tried", "crowd"],
         ["--only", "step"],
         ["--only", "scaling"],
+        ["--only", "mend", "growth"],
         ["--peers"],
         ["--epoch"],
     ],

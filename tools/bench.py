@@ -24,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from importlib.metadata import version
@@ -913,8 +914,8 @@ def growth_jobs(tiny):
 
     tens = [v // few for v in (10_000, 20_000, 40_000, 80_000)]
     axes = {
-        "solver, images": {n: solve(n, 10) for n in [v // few for v in (2000, 4000, 8000, 16_000)]},
-        "solver, classes": {c: solve(8000 // few, c) for c in (10, 20, 40, 80)[: 2 if tiny else 4]},
+        "solver, images": {n: solve(n, 10) for n in [v // few for v in (1000, 2000, 4000, 8000)]},
+        "solver, classes": {c: solve(2000 // few, c) for c in (10, 20, 40)[: 2 if tiny else 3]},
         "margins, images": {n: find(n) for n in [v // few for v in (80, 160, 320, 640)]},
         "margins, classes": {c: find(640 // few, c) for c in ((5, 10) if tiny else (10, 100, 600))},
         "margins, side": {s: find(160 // few, side=s) for s in ((4, 8) if tiny else (16, 32, 64))},
@@ -1095,6 +1096,34 @@ def step_seconds(batch, seconds):
     return statistics.median(each)
 
 
+COMMANDS = {  # what people wait for, on one processor each
+    "a notebook": "nbdev_test --path nbs/03_theory.ipynb --n_workers 1",
+    "tests": "pytest -n 0 -p no:cacheprovider tests/test_mixup.py",
+    "fairmix": "fairmix compare --methods at --seeds 0 --epochs {} --procs 1 --out {}",
+}
+
+
+def command_seconds(rounds, tiny):
+    "Wall clock of the commands alone and beside four busy programs; times their fair share."
+    cores, epochs, found = os.cpu_count(), 1 if tiny else 8, {}
+    for name, words in list(COMMANDS.items())[2 if tiny else 0 :]:
+        found[name] = {0: [], 4: []}
+        for _ in range(rounds):
+            for busy, seconds in found[name].items():
+                with tempfile.TemporaryDirectory() as out, neighbours(busy):
+                    start = time.perf_counter()
+                    argv = words.format(epochs, Path(out) / "run").split()
+                    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    subprocess.run(argv, cwd=ROOT, check=True, **quiet)
+                    seconds.append(time.perf_counter() - start)
+    fair = max(1, 5 / cores)  # five programs on so many processors
+    shares = {
+        name: statistics.median(b / a for a, b in zip(at[0], at[4])) / fair
+        for name, at in found.items()
+    }
+    return dict(seconds=found, fair=fair, times_fair_share=shares)
+
+
 def block_crowd(rounds, tiny):
     "A step alone and beside busy programs, by how long a waiting thread spins before it sleeps."
     batch, limit, cores = (4, 0.2, 1) if tiny else (32, 3, os.cpu_count())
@@ -1115,6 +1144,7 @@ def block_crowd(rounds, tiny):
         config=dict(batch=batch, model="resnet20", eps=EPS, spins=SPINS),
         seconds=found,
         ratios={name: ratio(found, *pair) for name, pair in pairs.items()},
+        commands=command_seconds(1 if tiny else 3, tiny),
     )
 
 
