@@ -201,7 +201,7 @@ def bibliography_page() -> str:
 
 def mend_data() -> str:
     "The committed matrices of a CIFAR-10 network, as a script: a page opened from a disk reads it."
-    record = json.loads((book.NBS / "results" / "cifar_mend" / "nfgsm6-s0.json").read_text())
+    record = json.loads((book.NBS / "results" / "cifar_mend" / "resnet20-s0.json").read_text())
     test = record["matrices"]["test"]
     found = {k: test[k] for k in ("y", "margins", "clean")}
     found.update(classes=record["classes"], choices=record["choices"])

@@ -32,11 +32,11 @@ HELD_OUT, EPS = 300, 8 / 255  # as in tools/cifar_cures.py
 MATRICES = dict(
     val=("val", 3000, 1, 10),
     test=("test", 2000, 1, 10),
-    val_half=("val", 1000, 0.5, 10),
-    train=("train", 1000, 1, 10),
-    test_half=("test", 1000, 0.5, 10),
+    val_half=("val", 500, 0.5, 10),
+    train=("train", 500, 1, 10),
+    test_half=("test", 500, 0.5, 10),
 )
-JUDGES = {"apgd-t": 200, "autoattack": 50}  # attack -> test images
+JUDGES = {"apgd-t": 150, "autoattack": 30}  # attack -> test images
 
 
 def packed(matrix):
