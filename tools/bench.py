@@ -885,8 +885,8 @@ def an_outcome(n, n_cls):
     return outcome_of(flags, images, EPS)
 
 
-def growth_jobs(tiny):
-    "Name of the axis -> value -> job."
+def growth_jobs(tiny, steps=5):
+    "Name of the axis -> value -> job; memory does not depend on the steps of the margins."
     few = 20 if tiny else 1
     draw = np.random.default_rng(0)
 
@@ -898,7 +898,7 @@ def growth_jobs(tiny):
         net.append(nn.Linear(64, n_cls))
         images = images_of(n, side, n_cls)
         x, y = images.floats(), images.y
-        return lambda: margins(net, x, y, EPS, steps=5, device="cpu", batch=n)
+        return lambda: margins(net, x, y, EPS, steps=steps, device="cpu", batch=n)
 
     def count(n, n_cls):
         y, wrong = np.arange(n) % n_cls, draw.random((4, n)) < 0.3
@@ -917,7 +917,7 @@ def growth_jobs(tiny):
         "solver, images": {n: solve(n, 10) for n in [v // few for v in (1000, 2000, 4000, 8000)]},
         "solver, classes": {c: solve(2000 // few, c) for c in (10, 20, 40)[: 2 if tiny else 3]},
         "margins, images": {n: find(n) for n in [v // few for v in (80, 160, 320, 640)]},
-        "margins, classes": {c: find(640 // few, c) for c in ((5, 10) if tiny else (10, 100, 600))},
+        "margins, classes": {c: find(640 // few, c) for c in ((5, 10) if tiny else (10, 40, 160))},
         "margins, side": {s: find(160 // few, side=s) for s in ((4, 8) if tiny else (16, 32, 64))},
         "counting, images": {n: count(n, 10) for n in tens},
         "counting, classes": {c: count(tens[1], c) for c in (10, 100, 1000)},
@@ -944,7 +944,8 @@ def block_growth(rounds, tiny):
     torch.set_num_threads(1)
     jobs = {f"{axis} {v}": job for axis, at in axes.items() for v, job in at.items()}
     seconds = interleave(jobs, min(rounds, 3), clock=time.process_time)
-    memory = {name: peak_of(job) for name, job in jobs.items()}
+    short = growth_jobs(tiny, steps=1)
+    memory = {f"{axis} {v}": peak_of(job) for axis, at in short.items() for v, job in at.items()}
     torch.set_num_threads(threads)
     powers = {}
     for axis, at in axes.items():
