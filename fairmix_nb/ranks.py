@@ -72,7 +72,8 @@ class Ranks:
         if self.shard:
             sizes = [len(range(r, self.n, s)) for r in range(s)]
             own = [batches(m, batch // s, generator, least=least // s, **how) for m in sizes]
-            steps = itertools.zip_longest(*own, fillvalue=own[0][0][:0])
+            short = zip(*own) if drop_last else itertools.zip_longest(*own, fillvalue=None)
+            steps = [[own[0][0][:0] if v is None else v for v in slices] for slices in short]
         else:
             whole = batches(self.n, batch, generator, least=least, **how)
             steps = [idx.tensor_split(s) for idx in whole]
