@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -385,3 +386,14 @@ def test_what_cannot_run_is_refused_before_any_work(words, says, capsys, monkeyp
     with pytest.raises(SystemExit):
         bench.main(words)
     assert says in capsys.readouterr().err
+
+
+def test_what_grows_with_what_in_the_record():
+    found = block("cpu", "growth")
+    for axis, at in found["config"]["axes"].items():
+        took = [statistics.median(found["seconds"][f"{axis} {v}"]) for v in at]
+        held = [found["peak_bytes"][f"{axis} {v}"] for v in at]
+        for values, power in zip((took, held), found["powers"][axis], strict=True):
+            again = statistics.linear_regression(*(list(map(math.log, v)) for v in (at, values)))
+            assert again.slope == pytest.approx(power, abs=0.01), axis
+            assert not axis.endswith("images") or power < 1.2, (axis, power)
