@@ -260,7 +260,7 @@ def _check_eps(eps, x, norm, box):
             f"eps must be a number or broadcast to x {tuple(x.shape)}, one per sample "
             f"as {each} (the only tensor for l2), got {tuple(e.shape)}"
         )
-    most = math.inf if box is None else box[1] - box[0]
+    most = torch.finfo(x.dtype).max / 2 if box is None else box[1] - box[0]
     if norm == "l2":
         most *= math.sqrt(x[0].numel())
     bad = e[~((e >= 0) & (e <= most) & e.isfinite())]

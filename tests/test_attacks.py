@@ -467,3 +467,9 @@ def test_a_threat_is_the_radius_its_norm_and_its_range():
         assert drawn.min() >= 0 and drawn.max() <= 1 and (drawn - x)[:, 1].abs().max() == 0
         back = each.clip(x, drawn)
         assert ((back - x).abs().amax((0, 2, 3)) <= torch.tensor([0.1, 0.0, 0.05]) + 1e-6).all()
+
+
+def test_a_radius_that_the_type_of_the_images_cannot_hold_is_refused():
+    x, y = torch.rand(2, 1, 3, 3).half(), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="eps must be finite and lie in"):
+        fgsm(lambda z: z.flatten(1).float()[:, :2], x, y, 1e30, box=None)
