@@ -27,6 +27,8 @@ PLACES = {  # what is added -> module, what stands in its registry, the entry pu
     "metric": ("risk", '"avg": lambda risks', '"best": lambda risks: risks.min(-1), '),
 }
 USE = """
+from pathlib import Path
+
 from fairmix_nb.cli import main
 from fairmix_nb.gaussian import GaussianPair
 from fairmix_nb.tempering import law_threshold
@@ -36,7 +38,7 @@ for words in (
     "compare --data pens --methods twice --model line --seeds 0 --epochs 1 --out c",
     "audit {} --data pens --model line --attacks clean still --out a",
 ):
-    made = next(iter(__import__("pathlib").Path("c").rglob("last.pt")), None)
+    made = next(iter(Path("c").rglob("last.pt")), None)
     assert main(words.format(made).split()) == 0, words
 """
 
