@@ -9,8 +9,8 @@ images a class are held out for every choice. From each base the methods and AT 
 train two epochs more at the rates of FAAL (.01, .001). Judged on `--test` test images: clean and by
 margins (Auto-PGD towards every wrong class), without and with offsets chosen on the held-out
 images; AutoAttack on the first `--autoattack` of them where asked for. A seed is finished before
-the next begins; nbs/networks keeps the bases, runs/cifar_cures what is tuned from them, the record
-is written after every network.
+the next begins, and several processes may share a record, each with its `--seeds`. nbs/networks
+keeps the bases, runs/cifar_cures what is tuned from them; the record is written after every network.
 """
 
 import argparse
@@ -150,16 +150,27 @@ def judged_on(args):
     return dict(margins=args.test) | (dict(autoattack=args.autoattack) if args.autoattack else {})
 
 
+def runs_so_far(path, record):
+    "Of a record made in the same way; read anew each time: another process may have other seeds."
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    differ = differing(kept, record, ("model", "base", "tuned", "steps", "images"))
+    if differ:
+        raise SystemExit(f"{path} was made with another {', '.join(differ)}")
+    return sorted(kept["runs"], key=lambda run: run["seed"])
+
+
 def main(words=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", default="cifar10", help="'cifar10', or a folder with train/ and test/")
     p.add_argument("--out", type=Path, default=ROOT / "nbs" / "results" / "cifar_cures.json")
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "cifar_cures")
     p.add_argument("--networks", type=Path, default=ROOT / "nbs" / "networks", help="of the bases")
-    p.add_argument("--methods", nargs="+", default=list(TUNED), choices=sorted(METHODS))
+    p.add_argument("--methods", nargs="*", default=list(TUNED), choices=sorted(METHODS))
     p.add_argument("--model", default="resnet20", help="resnet18 with a GPU")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=15)
     p.add_argument("--tuning", type=int, default=2, help="epochs from the base")
     p.add_argument("--steps", type=int, default=20, help="of the margins, for each wrong class")
@@ -171,20 +182,15 @@ def main(words=None):
     args.held_out, args.per_class = HELD_OUT, None
     if args.rehearse:
         args.held_out, args.per_class, args.val, args.test = 10, 40, 50, 50
-        args.seeds, args.epochs, args.tuning, args.steps = 1, 1, 1, 2
+        args.seeds, args.epochs, args.tuning, args.steps = [0], 1, 1, 2
         args.autoattack, args.networks = min(args.autoattack, 20), args.runs
     torch.set_num_threads(1)
     record = frame(args)
-    if args.out.exists():
-        kept = json.loads(args.out.read_text())
-        differ = differing(kept, record, ("model", "base", "tuned", "steps", "images"))
-        if differ:
-            raise SystemExit(f"{args.out} was made with another {', '.join(differ)}")
-        record["runs"] = kept["runs"]
-    for seed in range(args.seeds):
+    record["runs"] = runs_so_far(args.out, record)
+    for seed in args.seeds:
         done = {(r["method"], r["seed"]) for r in record["runs"]}
         for run in of_seed(args, seed, done):
-            record["runs"].append(run)
+            record["runs"] = [*runs_so_far(args.out, record), run]
             write_aside(args.out, json.dumps(record))
             print(f"{time.strftime('%H:%M:%S')} {run['method']}, seed {seed}: done", flush=True)
 
