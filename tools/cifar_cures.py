@@ -10,7 +10,7 @@ train two epochs more at the rates of FAAL (.01, .001). Judged on `--test` test 
 margins (Auto-PGD towards every wrong class), without and with offsets chosen on the held-out
 images; AutoAttack on the first `--autoattack` of them where asked for. A seed is finished before
 the next begins, and several processes may share a record, each with its `--seeds`. nbs/networks
-keeps the bases, runs/cifar_cures what is tuned from them; the record is written after every network.
+keeps the bases, runs/cifar_cures what is tuned from them; the record is written after every run.
 """
 
 import argparse
