@@ -18,14 +18,14 @@ import importlib.util
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fairmix_nb import methods
 from fairmix_nb.audit import audit
-from fairmix_nb.data import load, long_tailed, spread_subset
+from fairmix_nb.data import load, spread_subset
 from fairmix_nb.diagnosis import Subject
 from fairmix_nb.models import CIFAR_STD, build
 from fairmix_nb.records import pick_device, provenance, write_aside
@@ -34,14 +34,12 @@ from fairmix_nb.runs import checkpoints, load_model
 from fairmix_nb.train import fit, resume, watch_closely
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES, INSIDE = 10, (0.0, 1.0)
+CLASSES = 10
 
 # The grid as data: what a radius and an attack in training mean, then blocks of runs.
 PAPER = {f"n{e}": tuple(round(e * s, 6) for s in CIFAR_STD) for e in (0.1, 0.2, 0.3)}  # normalised
 RADII = {name: dict(eps=eps, box=None) for name, eps in PAPER.items()}
-RADII["n0.3c"] = dict(eps=PAPER["n0.3"], box=INSIDE)  # clamped to valid pixels
-RADII["p0.3"] = dict(eps=0.3, box=None)  # the same number read in pixel units
-RADII["8"] = dict(eps=8 / 255, box=INSIDE)  # what the field uses
+RADII["8"] = dict(eps=8 / 255, box=(0.0, 1.0))  # what the field uses
 ATTACKS = {name: dict(attack=name) for name in ("fgsm", "nfgsm", "noise")}
 ATTACKS |= dict(pgd=dict(attack="pgd", steps=7), galign=dict(attack="fgsm"))  # with GradAlign
 AUDIT = ("clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t")
@@ -58,19 +56,10 @@ class Run:
     radius: str  # of RADII
     seed: int
     attack: str = "fgsm"  # of ATTACKS
-    lam: str = "batch"  # one lambda per 'batch' or 'sample', or 'half': 1/2
-    weights: str = ""  # of the classes in the loss: by 'counts', or by plain AT's 'risk'
-    ratio: int = 1  # of the largest to the smallest class
-    more: dict = field(default_factory=dict)  # what else differs in the method
 
     @property
     def name(self):
-        parts = [self.form, self.method, self.attack, self.radius]
-        parts += [] if self.lam == "batch" else [self.lam]
-        parts += [] if not self.weights else [f"w{self.weights}"]
-        parts += [] if self.ratio == 1 else [f"ratio{self.ratio}"]
-        parts += [f"{k}{v}" for k, v in self.more.items() if k != "partner"]
-        return "-".join([*parts, f"s{self.seed}"])
+        return f"{self.form}-{self.method}-{self.attack}-{self.radius}-s{self.seed}"
 
     @property
     def cfg(self):
@@ -78,15 +67,11 @@ class Run:
         how = RADII[self.radius] | ATTACKS[self.attack]
         return methods.TrainCfg(**how, epochs=FORMS[self.form]["epochs"], seed=self.seed)
 
-    def way(self, weights=None):
-        "The method; with `weights`, or another of the three that build on a pipeline."
-        words = vars(methods.METHODS[self.method]) | self.more
-        words |= dict(lam_per="sample" if self.lam == "sample" else "batch")
-        words |= dict(law=0.5) if self.lam == "half" else {}
-        if weights is not None:
-            return methods.Weighted(**words, weights=weights)
-        galign = methods.GradAlign if self.attack == "galign" else methods.Pipeline
-        return (methods.LogitAdjusted if "tau" in words else galign)(**words)
+    @property
+    def way(self):
+        "The method, one lambda a batch as the paper writes; GradAlign is an attack only here."
+        kind = methods.GradAlign if self.attack == "galign" else methods.Pipeline
+        return kind(**vars(methods.METHODS[self.method]) | dict(lam_per="batch"))
 
 
 def runs_of(form, block, names, radii, seeds, **kw):
@@ -95,7 +80,7 @@ def runs_of(form, block, names, radii, seeds, **kw):
 
 
 PAIR, THREE = ("at", "attack_mix"), ("at", "attack_mix", "mix_attack")
-CONTROLS, RARE = ("any_mix", "self_mix"), dict(ratio=10, attack="pgd")
+CONTROLS = ("any_mix", "self_mix")
 GRID = [
     *runs_of("short", 1, PAIR, ["n0.3"], 2),
     *runs_of("short", 2, PAIR, ["8"], 3),
@@ -108,32 +93,11 @@ GRID = [
     *runs_of("full", 3, PAIR, ["8"], 3),
     *runs_of("full", 3, PAIR[:1], ["8", "n0.3"], 3, attack="noise"),
     *runs_of("full", 3, PAIR[:1], ["8", "n0.3"], 3, attack="galign"),
-    *runs_of("full", 3, PAIR[:1], ["8", "n0.3"], 3, weights="risk"),
     *runs_of("full", 4, THREE, ["n0.1", "n0.2"], 5),
     *runs_of("full", 4, ("natural", "mixup"), ["n0.3"], 5),
     *(r for a in ("nfgsm", "pgd") for r in runs_of("full", 4, THREE[2:], ["8"], 3, attack=a)),
     *(r for a in ("nfgsm", "pgd") for r in runs_of("full", 4, THREE, ["n0.3"], 3, attack=a)),
-    *(r for v in ("half", "sample") for r in runs_of("full", 5, THREE[1:], ["n0.3"], 1, lam=v)),
-    *runs_of("full", 5, THREE, ["p0.3", "n0.3c"], 1),
-    *runs_of("full", 5, ("mix_attack",), ["8"], 1),
-    *runs_of("full", 6, ("natural", "at"), ["8"], 3, **RARE),
-    *runs_of("full", 6, ("natural", "at"), ["8"], 3, weights="counts", **RARE),
-    *runs_of("full", 6, ("natural", "at"), ["8"], 3, more=dict(tau=1.0), **RARE),
-    *runs_of("full", 6, ("mixup", "attack_mix"), ["8"], 3, more=dict(partner="set"), **RARE),
 ]
-
-
-def weights_of(run, data, args):
-    "Class weights: by the size of the classes, or by their risk after plain AT."
-    if not run.weights:
-        return None
-    if run.weights == "counts":
-        return tuple((1 / torch.tensor(data.train.counts())).tolist())
-    path = args.records / f"{replace(run, weights='').name}.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{run.name} needs the record {path.name}: run it first")
-    found = torch.tensor(json.loads(path.read_text())["pairs"]["confusion"]["pgd-20"])
-    return tuple((1 - found.diag() / 100).tolist())
 
 
 class Stopped(Exception):
@@ -142,8 +106,7 @@ class Stopped(Exception):
 
 def train(run, data, folder, args):
     "Train, or go on from the last checkpoint: the network as it is then."
-    way, shape = run.way(weights_of(run, data, args)), data.train.x.shape[1]
-    model = build("resnet20", data.train.n_cls, shape, run.seed)
+    model = build("resnet20", CLASSES, 3, run.seed)
 
     def on_epoch(row):
         told = {k: v for k, v in row.items() if not isinstance(v, (list, dict))}
@@ -154,12 +117,12 @@ def train(run, data, folder, args):
     kw = dict(device=args.device, watched=run.cfg.epochs, watch=watch_closely, progress=False)
     try:
         if not checkpoints(folder):
-            fit(model, data, run.cfg, way, out=folder, on_epoch=on_epoch, **kw)
+            fit(model, data, run.cfg, run.way, out=folder, on_epoch=on_epoch, **kw)
         elif not args.as_it_is:
-            resume(folder, model, data, run.cfg, way, on_epoch=on_epoch, **kw)
+            resume(folder, model, data, run.cfg, run.way, on_epoch=on_epoch, **kw)
     except Stopped:
         pass
-    return load_model(folder, data.train.n_cls, shape, "resnet20")[0]
+    return load_model(folder, CLASSES, 3, "resnet20")[0]
 
 
 @torch.no_grad()
@@ -198,10 +161,9 @@ def attacked(outcome):
 def do_run(run, data, args):
     "One run from nothing, or from where it stopped, to its record."
     folder = args.runs / run.name
-    data = long_tailed(data, run.ratio) if run.ratio > 1 else data
     model, start = train(run, data, folder, args).to(args.device), time.perf_counter()
     found, threat, names = json.loads((folder / "record.json").read_text()), run.cfg.threat, AUDIT
-    if args.device == "cuda" and run.radius != "n0.3c" and importlib.util.find_spec("pyautoattack"):
+    if args.device == "cuda" and importlib.util.find_spec("pyautoattack"):
         names += ("autoattack",)
     kw = dict(device=args.device, progress=False)
     test = spread_subset(data.test, args.audited or FORMS[run.form]["audited"])
@@ -235,10 +197,8 @@ ASSUMED = dict(cpu=3.3e-3, cuda=8e-6)
 
 
 def seconds(run, rate, n=49_000):
-    "Training alone, on `n` images or, at a ratio of 10, two fifths; audits add a tenth on a GPU."
-    way = run.way((1.0,) * CLASSES if run.weights else None)
-    n = n if run.ratio == 1 else round(0.4085 * n)
-    return n * run.cfg.epochs * methods.gradients_per_image(way, run.cfg) * rate
+    "Of training alone, on `n` images; audits add a tenth on a GPU."
+    return n * run.cfg.epochs * methods.gradients_per_image(run.way, run.cfg) * rate
 
 
 def price_list(runs, args):
@@ -264,13 +224,10 @@ def rehearsal(args):
         args.runs, args.records = Path(folder) / "runs", Path(folder) / "records"
         args.records.mkdir()
         for run in (r for r in GRID if r.form == args.form):
-            recipe = (run.method, run.attack, run.lam, run.weights, run.ratio, str(run.more))
+            recipe = (run.method, run.attack)
             if {recipe, run.radius} <= met:
                 continue
             args.until = 1
-            plain = replace(run, weights="")
-            if run.weights == "risk" and missing(plain, args):
-                do_run(plain, data, args)
             do_run(run, data, args)
             if not met:
                 args.until = None
