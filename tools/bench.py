@@ -3,16 +3,14 @@
 
     python tools/bench.py                    # all blocks on the CPU -> nbs/results/speed_cpu.json
     python tools/bench.py --only step data   # some blocks; the record keeps the others
-    python tools/bench.py --peers            # against torchattacks, foolbox, ART ->
-    speed_peers.json
+    python tools/bench.py --peers            # torchattacks, foolbox, ART -> speed_peers.json
     python tools/bench.py --device cuda      # an epoch, 80 epochs, several runs -> speed_cuda.json
     python tools/bench.py --rehearse --out x # any of them in seconds, tiny, nothing to conclude
 
-Inside a block the candidates take turns in one process, round after round: clocks drift several-
-fold
+Inside a block the candidates take turns in one process, round after round: clocks drift severalfold
 between hours on a shared machine, and only a ratio of neighbours means something. A ratio is formed
 in each round; its median, smallest and largest value are the result, every raw second is kept.
-Give the machine to it alone: 'step' takes about two minutes, all blocks together about ten.
+Give the machine to it alone. 'audit' attacks test images of CIFAR-10 (`--data`).
 """
 
 import argparse
@@ -27,6 +25,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from fairmix_nb.attacks import Threat, attack_by_name, fgsm, pgd
 from fairmix_nb.audit import audit
-from fairmix_nb.data import ImageSet, as_floats, augment, batches, load, make_data
+from fairmix_nb.data import ImageSet, as_floats, augment, batches, load, make_data, spread_subset
 from fairmix_nb.mend import Front, margins
 from fairmix_nb.methods import METHODS, Pipeline, Run, TrainCfg, frozen, make_streams, mix_step
 from fairmix_nb.mixup import ClassTable, same_class_partner
@@ -56,6 +55,7 @@ from fairmix_nb.models import as_attacked, build, fold_batchnorm
 from fairmix_nb.records import provenance, write_aside
 from fairmix_nb.report import outcome_of
 from fairmix_nb.risk import class_counts, paired_bootstrap
+from fairmix_nb.runs import load_model
 from fairmix_nb.train import Alone, fit, make_optimizer, numerics, run_epoch
 
 EPS = 8 / 255
@@ -79,7 +79,10 @@ MARKS = dict(  # ratio -> (slower, faster, the least that is accepted)
         E1_art=("fgsm ART", "fgsm folded", 1.5),
         E2_torchattacks=("pgd-10 torchattacks", "pgd-10 folded", 1.3),
     ),
-    audit=dict(E3=("pyautoattack", "ours", 2.0)),
+    audit=dict(
+        E3=("pyautoattack", "ours", 1.25),
+        E3_floor=("ours", "gradients alone", None),
+    ),
 )
 
 
@@ -768,35 +771,38 @@ def block_peers(rounds, tiny):
 # ---- an audit
 
 
-def standing(n, share=0.5):
-    "A network, images, its own answers as labels, and a radius at which `share` of them stand."
-    net, x = build("resnet20"), images_of(n).floats()
-    with torch.no_grad():
-        net.train()(x)
-    net.eval()
-    y, eps = net(x).argmax(1), 1.0
-    while True:  # its own answers are the labels; halve the radius until PGD leaves enough
-        z = pgd(net, x, y, eps, 10, generator=torch.Generator().manual_seed(0))
-        if (net(z).argmax(1) == y).float().mean() >= share:
-            return net, x, y, eps
-        eps /= 2
+def judged(n, source):
+    "A robust network that the project keeps, and test images of CIFAR-10, or noise as it sees it."
+    net = load_model(ROOT / "nbs" / "networks" / "resnet20-s0.pt")[0].eval()
+    images = spread_subset(load(source, 0, progress=False).test, n) if source else images_of(n)
+    x = images.floats()
+    return net, x, images.y if source else net(x).argmax(1)
 
 
-def block_audit(rounds, tiny):
+def block_audit(rounds, tiny, source=None):
     "E3: Auto-PGD of ours and of pyautoattack on the same images; E4: an audit of 1,000 images."
-    n, threads = 4 if tiny else 12, torch.get_num_threads()
+    n, eps, threads = 10 if tiny else 50, EPS, torch.get_num_threads()
     torch.set_num_threads(1)
-    net, x, y, eps = standing(n)
+    net, x, y = judged(n, None if tiny else source)
     ours = fold_batchnorm(net).to(memory_format=torch.channels_last)
     last, left = x.contiguous(memory_format=torch.channels_last), {}
 
+    seen = []  # images a gradient was asked for, call by call
+
+    def counted(z):
+        seen.append(len(z) if z.requires_grad else 0)
+        return ours(z)
+
     def two():
         "APGD-CE, then APGD-T on what stands."
+        seen.clear()
         todo, g = torch.arange(n), torch.Generator().manual_seed(0)
         for name in ("apgd-ce", "apgd-t"):
-            z = attack_by_name(name)(ours, last[todo], y[todo], Threat(eps), generator=g)
+            z = attack_by_name(name)(counted, last[todo], y[todo], Threat(eps), generator=g)
             with torch.no_grad():
                 todo = todo[ours(z).argmax(1) == y[todo]]
+            if not len(todo):
+                break
         left["ours"] = sorted(todo.tolist())
 
     def theirs():
@@ -810,12 +816,20 @@ def block_audit(rounds, tiny):
         with torch.no_grad():
             left["pyautoattack"] = (net(z).argmax(1) == y).nonzero()[:, 0].tolist()
 
-    jobs = {"ours": two}
+    def alone():
+        "As many gradients of as many images as `two` asked for."
+        for k in seen:
+            if k:
+                z = last[:k].clone().requires_grad_()
+                torch.autograd.grad(ours(z).logsumexp(1).sum(), z)
+
+    two()
+    jobs = {"ours": two, "gradients alone": alone}
     if importlib.util.find_spec("pyautoattack"):
         jobs["pyautoattack"] = theirs
     seconds = interleave(jobs, rounds, warmup=0, clock=time.process_time)
     start = time.process_time()
-    attacks = ("clean", "fgsm", "pgd-2x2") if tiny else None
+    attacks = ("clean", "fgsm", "pgd-2x2") if tiny else None  # None: all of an audit
     outcome = audit(net, (x, y), eps, attacks, device="cpu", diagnose=0, progress=False)
     spent = time.process_time() - start
     torch.set_num_threads(threads)
@@ -1201,6 +1215,7 @@ def main(words=None):
     parser.add_argument("--peers", action="store_true", help="other packages' evaluation attacks")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--data", default="cifar10", help="of 'audit': 'cifar10' or a folder")
     parser.add_argument("--threads", type=int, help="default: PyTorch's own")
     parser.add_argument("--out", type=Path, help="default: nbs/results/speed_{cpu,peers,cuda}.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, two rounds")
@@ -1215,6 +1230,8 @@ def main(words=None):
         parser.error("--device cuda: this PyTorch sees no CUDA GPU")
     rounds, name = 2 if args.rehearse else args.rounds, args.device
     todo = {k: BLOCKS[k] for k in args.only}
+    if "audit" in todo:
+        todo["audit"] = partial(block_audit, source=args.data)
     if args.device == "cuda" or args.epoch:
         todo = dict(epoch=lambda r, tiny: block_epoch(r, tiny, args.device))
     if args.peers:
