@@ -141,7 +141,8 @@ def same_class_partners(
         _check_labels(y, n_cls)
     n, device = len(y), y.device
     shuffled = torch.randperm(n, generator=generator, device=device)
-    order = shuffled[torch.argsort(y[shuffled], stable=True)]  # class by class, shuffled inside
+    small = y[shuffled].to(torch.uint8 if n_cls <= 256 else y.dtype)  # bytes sort fastest
+    order = shuffled[torch.argsort(small, stable=True)]  # class by class, shuffled inside
     c = y[order].long()
     edges = torch.searchsorted(c, torch.arange(n_cls + 1, device=device))
     start, count = edges[c], edges[c + 1] - edges[c]
@@ -169,18 +170,18 @@ def any_partner(
 
 # %% ../nbs/02_mixup.ipynb #9235de99
 def _skip(r, taken):
-    "The `r`-th (from 0) of the ranks that `taken` `(b, t)` leaves free, row by row."
-    for t in taken.sort(1).values.T:
+    "The `r`-th (from 0) of the ranks that `taken` `(t, b)` leaves free, column by column."
+    for t in taken.sort(0).values if len(taken) > 1 else taken:
         r = r + (r >= t)
     return r
 
 
 def _draw(rank, count, k, generator):
-    "Ranks `(b, k)`, all different in a row: the given one, then k - 1 below `count` at random."
-    taken = rank[:, None]
+    "Ranks `(k, b)`, all different in a column: the given one, then k - 1 below `count` at random."
+    taken = rank[None]
     for s in range(1, k):
         r = torch.randint(2**62, rank.shape, generator=generator, device=rank.device)
-        taken = torch.cat((taken, _skip(r % (count - s), taken)[:, None]), 1)
+        taken = torch.cat((taken, _skip(r % (count - s), taken)[None]))
     return taken
 
 # %% ../nbs/02_mixup.ipynb #e356f926
@@ -194,14 +195,15 @@ class ClassTable:
     ):
         _check_labels(y, n_cls)
         self.y, self.order = y.long(), torch.argsort(y, stable=True)
-        self.counts = torch.bincount(self.y, minlength=n_cls)
-        self.start = self.counts.cumsum(0) - self.counts
-        self.rank = torch.argsort(self.order) - self.start[self.y]
-        self.smallest = int(self.counts[self.counts > 0].min())
+        counts = torch.bincount(self.y, minlength=n_cls)
+        self.start = (counts.cumsum(0) - counts)[self.y]  # of the class of each member
+        self.size = counts[self.y]
+        self.rank = torch.argsort(self.order) - self.start
+        self.smallest = int(self.size.min())
         if self.smallest == 1:
             raise ValueError(
                 "every class must have no or at least two members, got one in class "
-                f"{int((self.counts == 1).nonzero()[0])}"
+                f"{int((counts == 1).nonzero()[0])}"
             )
 
     def partners(
@@ -213,9 +215,8 @@ class ClassTable:
         "The k - 1 other members of the same class, each choice equally likely - eq. (9)"
         if not 2 <= k <= self.smallest:
             raise ValueError(f"k must lie in 2..{self.smallest}, the smallest class, got {k}")
-        c = self.y[idx]
-        ranks = _draw(self.rank[idx], self.counts[c], k, generator)
-        return self.order[self.start[c] + ranks.T[1:]]
+        ranks = _draw(self.rank[idx], self.size[idx], k, generator)
+        return self.order[self.start[idx] + ranks[1:]]
 
     def partner(self, idx, generator):
         "`(b,)`: one uniformly random other member of the class of each `idx` - eq. (9)"

@@ -494,7 +494,7 @@ def repeat(job, times):
 
 def block_data(rounds, tiny):
     "D1 and D2: images a second; P1: seconds a draw of partners."
-    n, sizes, times = (512, (64,), 2) if tiny else (12_800, (256, 4096), 50)
+    n, sizes, times = (512, (64,), 2) if tiny else (12_800, (256, 65_536), 50)
     images, g = images_of(n), torch.Generator().manual_seed(0)
     loaders = {w: loader(images, w) for w in (0, 2)}
     jobs = {"resident": lambda: consume(resident(images, g))}
