@@ -1159,7 +1159,7 @@ def block_crowd(rounds, tiny):
         config=dict(batch=batch, model="resnet20", eps=EPS, spins=SPINS),
         seconds=found,
         ratios={name: ratio(found, *pair) for name, pair in pairs.items()},
-        commands=command_seconds(1 if tiny else 3, tiny),
+        commands=command_seconds(1 if tiny else 2, tiny),
     )
 
 
