@@ -397,3 +397,28 @@ def test_what_grows_with_what_in_the_record():
             again = statistics.linear_regression(*(list(map(math.log, v)) for v in (at, values)))
             assert again.slope == pytest.approx(power, abs=0.01), axis
             assert not axis.endswith("images") or power < 1.2, (axis, power)
+
+
+LOG = """
++ 0 s: pip install -e '.[dev]'
++ 69 s: nbdev_test
+01_gaussian.ipynb: ok
++ 200 s: pytest
+12.34s call     tests/test_start.py::test_a_plain_import[np & 2]
+0.50s setup    tests/test_cli.py::test_x
++ 390 s: :
+01_gaussian.ipynb: ok, 9 s, 6 s of processor time
+   7.2 s  01_gaussian [12]  risk = gap(1.0)
+"""
+
+
+def test_the_waits_of_a_tester_are_read_from_what_was_printed():
+    found = bench.waits(LOG)
+    assert found["seconds"] == {"pip install -e '.[dev]'": 69, "nbdev_test": 131, "pytest": 190}
+    assert found["tests"] == [
+        [12.34, "tests/test_start.py::test_a_plain_import[np & 2]"],
+        [0.5, "tests/test_cli.py::test_x"],
+    ]
+    assert found["cells"] == [[7.2, "01_gaussian [12]", "risk = gap(1.0)"]]
+    with pytest.raises(SystemExit, match="what .ci/run printed"):
+        bench.waits("nothing")

@@ -4,6 +4,7 @@
     python tools/bench.py                    # all blocks on the CPU -> nbs/results/speed_cpu.json
     python tools/bench.py --only step data   # some blocks; the record keeps the others
     python tools/bench.py --peers            # torchattacks, foolbox, ART -> speed_peers.json
+    python tools/bench.py --log ci.log       # what .ci/run printed: where a tester waits
     python tools/bench.py --device cuda      # an epoch, 80 epochs, several runs -> speed_cuda.json
     python tools/bench.py --rehearse --out x # any of them in seconds, tiny, nothing to conclude
 
@@ -19,6 +20,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import time
 import tracemalloc
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a compile time is a cold one
@@ -499,10 +502,10 @@ def block_data(rounds, tiny):
     loaders = {w: loader(images, w) for w in (0, 2)}
     jobs = {"resident": lambda: consume(resident(images, g))}
     jobs |= {f"loader, {w} workers": lambda w=w: consume(loaders[w]) for w in loaders}
-    table = ClassTable(torch.arange(50_000) % 10, 10)
+    table = ClassTable(torch.arange(100_000) % 10, 10)
     whole, draws = members(table.y, 10), {}
     for b in sizes:
-        idx = torch.randint(50_000, (b,), generator=g)
+        idx = torch.randint(100_000, (b,), generator=g)
         y = table.y[idx]
         draws |= {
             f"table, {b}": lambda idx=idx: table.partner(idx, g),
@@ -523,7 +526,7 @@ def block_data(rounds, tiny):
         P1_per_sample=ratio(seconds, f"per sample, {small}", f"table, {small}"),
     )
     return dict(
-        config=dict(images=n, batch=256, partners=sizes, set=50_000), seconds=seconds, ratios=found
+        config=dict(images=n, batch=256, partners=sizes, set=100_000), seconds=seconds, ratios=found
     )
 
 
@@ -1163,6 +1166,23 @@ def block_crowd(rounds, tiny):
     )
 
 
+# ---- what a tester waits for
+
+
+def waits(log):
+    "From the output of .ci/run: seconds of each command, the slowest cells and tests."
+    starts = re.findall(r"^\++ (\d+) s: (.+)$", log, re.M)
+    cells = re.findall(r"^ *([\d.]+) s  (\w+ \[\d+\])  (.*)$", log, re.M)
+    tests = re.findall(r"^([\d.]+)s (?:call|setup|teardown) +(\S.*)$", log, re.M)
+    if not (starts and cells and tests):
+        raise SystemExit("the log must be what .ci/run printed: starts, slowest cells and tests")
+    return dict(
+        seconds={what: int(end) - int(start) for (start, what), (end, _) in pairwise(starts)},
+        cells=[[float(s), *rest] for s, *rest in cells],
+        tests=[[float(s), *rest] for s, *rest in tests],
+    )
+
+
 # ---- the record
 
 BLOCKS = dict(
@@ -1220,6 +1240,9 @@ def main(words=None):
     parser.add_argument("--out", type=Path, help="default: nbs/results/speed_{cpu,peers,cuda}.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, two rounds")
     parser.add_argument("--epoch", action="store_true", help="the epoch block, on the CPU too")
+    parser.add_argument(
+        "--log", type=Path, help="what .ci/run printed: into the record, run nothing"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.threads:
@@ -1236,6 +1259,8 @@ def main(words=None):
         todo = dict(epoch=lambda r, tiny: block_epoch(r, tiny, args.device))
     if args.peers:
         todo, name = dict(peers=block_peers), "peers"
+    if args.log:
+        todo = dict(waits=lambda r, tiny: waits(args.log.read_text()))
     if args.rehearse and not args.out:
         parser.error("--rehearse needs --out: a rehearsal is no record")
     out, found = args.out or ROOT / f"nbs/results/speed_{name}.json", {}
