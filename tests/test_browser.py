@@ -446,7 +446,8 @@ def test_a_network_is_mended_by_hand_on_the_site(page, site):
         "return (performance.now() - t) / 20; }"
     )
     print(f"a frame for {len(y)} images: {each:.1f} ms")
-    assert each < 50 and not page.errors and not page.abroad
+    assert each * 10_000 / len(y) < 50  # every image costs the same
+    assert not page.errors and not page.abroad
     page.locator("#clean").check()
     keep(page, "site_mend")
 

@@ -19,6 +19,7 @@ from fairmix_nb.data import load
 from fairmix_nb.mend import (
     Front,
     by_class,
+    explore,
     margins,
     mend,
     mend_at,
@@ -138,6 +139,20 @@ def test_the_solver_is_fast(n, C, most):
     print(f"{n} images, {C} classes: {seconds:.2f} s")
     assert 0 < level < risks_at(m, y, np.zeros(C)).max()
     assert seconds < most, seconds
+
+
+@pytest.mark.slow
+def test_the_explorer_draws_10_000_images_at_once():
+    _, sliders, picture = explore(mend_at(*growing(10_000, 10))).children
+    slider, shown, spent = sliders.children[3], set(), []
+    for k in range(50):
+        start = time.process_time()
+        slider.value = 0.3 * slider.max * (-1) ** k + k * slider.step
+        spent.append(time.process_time() - start)
+        shown.add(picture.value)
+    median, late = 1e3 * np.quantile(spent, [0.5, 0.95])
+    print(f"a frame: {median:.1f} ms, at the 95th percentile {late:.1f} ms")
+    assert len(shown) == 50 and median < 50
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ SCRIPT = ROOT / "tools" / "cifar_runs.py"
 
 @pytest.fixture(scope="module")
 def script():
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("cifar_runs", SCRIPT)
     module = sys.modules["cifar_runs"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -399,6 +399,14 @@ def test_what_grows_with_what_in_the_record():
             assert not axis.endswith("images") or power < 1.2, (axis, power)
 
 
+def test_bf16_is_timed_in_bf16():
+    "An autocast around the loop would be undone by the loop's own, and time fp32 twice."
+    images, cfg = bench.images_of(16), TrainCfg(batch=16, eps=EPS)
+    torch.manual_seed(0)
+    first = {p: bench.trainer(images, cfg, precision=p)()[0].item() for p in ("fp32", "bf16")}
+    assert 0 < abs(first["bf16"] / first["fp32"] - 1) < 0.1, first
+
+
 LOG = """
 + 0 s: pip install -e '.[dev]'
 + 69 s: nbdev_test

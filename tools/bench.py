@@ -239,12 +239,20 @@ def new_run(model, images, cfg, method=METHODS["at"], device="cpu"):
     return run
 
 
-def trainer(images, cfg, device="cpu", name="resnet20", compile=False, method=METHODS["at"]):
+def trainer(
+    images,
+    cfg,
+    device="cpu",
+    name="resnet20",
+    compile=False,
+    method=METHODS["at"],
+    precision="fp32",
+):
     "An epoch of the package's own loop over `images`, as a call without arguments."
     model = build(name, images.n_cls).to(device, memory_format=torch.channels_last)
-    STAYS.enter_context(numerics(model, device, compile, "fp32", False))
+    STAYS.enter_context(numerics(model, device, compile, precision, False))
     run, one = new_run(model, images, cfg, method, device), Alone()
-    return lambda: run_epoch(run, method, one)
+    return lambda: run_epoch(run, method, one, precision)
 
 
 def naive(x, y, device="cpu", step=naive_step, layout=torch.contiguous_format):
@@ -631,13 +639,7 @@ def block_tried(rounds, tiny):
     "bf16, several models at once; an audit that stops attacking what is broken."
     images = images_of(16 if tiny else 128)
     cfg = TrainCfg(batch=len(images), eps=EPS)
-    plain, half = trainer(images, cfg), trainer(images, cfg)
-
-    def bf16():
-        with torch.autocast("cpu", torch.bfloat16):
-            half()
-
-    jobs = {"fp32": plain, "bf16": bf16}
+    jobs = {p: trainer(images, cfg, precision=p) for p in ("fp32", "bf16")}
     x, y = images.floats()[:64], images.y[:64]
     jobs |= {f"4 models {name}": job for name, job in many_models(x, y).items()}
     digits = load("digits")

@@ -20,12 +20,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from digits_cures import clean_margins, differing
+from digits_cures import before_and_after, differing
 
 from fairmix_nb.data import load, spread_subset
-from fairmix_nb.mend import margins, mend_at, wrong_at
 from fairmix_nb.methods import FAST, METHODS, TrainCfg, describe
 from fairmix_nb.models import build
 from fairmix_nb.records import SCHEMA, digest, provenance, write_aside
@@ -84,16 +82,10 @@ def said(name, row):
 
 def judged(args, net, data, threat):
     "Flags of the test images in order of class, by attack, and the offsets."
-    n_cls = data.test.n_cls
     val, images = spread_subset(data.val, args.val), spread_subset(data.test, args.test)
-    how, y = dict(steps=args.steps, device=args.device), images.y.numpy()
-    chosen = mend_at(margins(net, val.floats(), val.y, threat, **how), val.y.numpy()).offsets
-    net, none, x = net.cpu().eval(), np.zeros(n_cls), images.floats()
-    matrices = dict(
-        clean=clean_margins(net, x, y), margins=margins(net, x, images.y, threat, **how)
-    )
-    flags = {k: pack_flags(wrong_at(m, y, none)) for k, m in matrices.items()}
-    flags |= {f"mended {k}": pack_flags(wrong_at(m, y, chosen)) for k, m in matrices.items()}
+    how = dict(steps=args.steps, device=args.device)
+    flags, chosen = before_and_after(net, val, images, threat, **how)
+    flags = {k: pack_flags(v) for k, v in flags.items()}
     if args.autoattack:
         few = spread_subset(data.test, args.autoattack)
         net.to(args.device)

@@ -22,11 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from digits_cures import before_and_after
 
 from fairmix_nb import methods
 from fairmix_nb.audit import audit
 from fairmix_nb.data import load, spread_subset
 from fairmix_nb.diagnosis import Subject
+from fairmix_nb.mend import with_offsets
 from fairmix_nb.models import CIFAR_STD, build
 from fairmix_nb.records import pick_device, provenance, write_aside
 from fairmix_nb.risk import pack_flags
@@ -43,6 +45,7 @@ RADII["8"] = dict(eps=8 / 255, box=(0.0, 1.0))  # what the field uses
 ATTACKS = {name: dict(attack=name) for name in ("fgsm", "nfgsm", "noise")}
 ATTACKS |= dict(pgd=dict(attack="pgd", steps=7), galign=dict(attack="fgsm"))  # with GradAlign
 AUDIT = ("clean", "fgsm", "pgd-50x2", "apgd-ce", "apgd-t")
+MENDED, STEPS = ("clean", "fgsm", "apgd-t"), 10  # of an audit; of the margins, a wrong class
 FORMS = dict(short=dict(epochs=5, audited=500), full=dict(epochs=80, audited=1000))
 
 
@@ -158,6 +161,15 @@ def attacked(outcome):
     return found
 
 
+def mended(model, data, test, threat, **kw):
+    "Offsets chosen on the validation part: what margins and an audit say of the test images then."
+    flags, offsets = before_and_after(model, data.val, test, threat, steps=STEPS, **kw)
+    found = audit(with_offsets(model, offsets), test, threat, MENDED, diagnose=0, **kw)
+    flags = {name: pack_flags(wrong) for name, wrong in flags.items()}
+    about = dict(val=len(data.val), steps=STEPS, offsets=offsets.round(4).tolist(), flags=flags)
+    return about | dict(attacks=attacked(found))
+
+
 def do_run(run, data, args):
     "One run from nothing, or from where it stopped, to its record."
     folder = args.runs / run.name
@@ -179,6 +191,7 @@ def do_run(run, data, args):
     record |= dict(attacks=attacked(outcome), diagnosis=outcome.record["diagnosis"])
     record["probes"] = probes(model, test.to(args.device), threat)
     record["pairs"] = pairs(model, data.val.to(args.device), confusion)
+    record["mended"] = mended(model, data, test, threat, **kw)
     record["audit"] = dict(provenance=args.origin, seconds=round(time.perf_counter() - start, 1))
     write_aside(args.records / f"{run.name}.json", json.dumps(record))
 

@@ -76,18 +76,24 @@ def clean_margins(net, x, y):
     return np.where(y[:, None] == np.arange(z.shape[1]), np.inf, own - z)
 
 
+def before_and_after(net, val, images, threat, **how):
+    "Flags of the images, clean and by margins, without and with offsets chosen on `val`; these."
+    x, y = images.floats(), images.y.numpy()
+    chosen = mend_at(margins(net, val.floats(), val.y, threat, **how), val.y.numpy()).offsets
+    net, none = net.cpu().eval(), np.zeros(len(chosen))
+    attacked = margins(net, x, images.y, threat, **how)
+    matrices = dict(clean=clean_margins(net, x, y), margins=attacked)
+    flags = {k: wrong_at(m, y, none) for k, m in matrices.items()}
+    return flags | {f"mended {k}": wrong_at(m, y, chosen) for k, m in matrices.items()}, chosen
+
+
 def judged(net, data, threat):
     "Flags of the test images in order of class, and the offsets."
-    val, images = data.val, spread_subset(data.test, len(data.test))
-    x, y = images.floats(), images.y.numpy()
-    matrix = margins(net, val.floats(), val.y, threat, steps=STEPS, batch=1024)
-    chosen = mend_at(matrix, val.y.numpy()).offsets
-    clean, none = clean_margins(net, x, y), np.zeros(data.test.n_cls)
-    attacked = margins(net, x, images.y, threat, steps=STEPS, batch=1024)
-    pgd = attack_errors(net, images, threat, ("pgd-20",))["pgd-20"].numpy()
-    flags = [wrong_at(clean, y, none), pgd, wrong_at(attacked, y, none)]
-    flags += [wrong_at(m, y, chosen) for m in (clean, attacked)]
-    return dict(flags=pack_flags(np.stack(flags)), offsets=chosen.round(4).tolist())
+    images = spread_subset(data.test, len(data.test))
+    found, chosen = before_and_after(net, data.val, images, threat, steps=STEPS, batch=1024)
+    found["pgd-20"] = attack_errors(net, images, threat, ("pgd-20",))["pgd-20"].numpy()
+    flags = np.stack([found[name] for name in FLAGS])
+    return dict(flags=pack_flags(flags), offsets=chosen.round(4).tolist())
 
 
 def of_seed(seed, epochs, done, folder):
