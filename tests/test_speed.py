@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fairmix_nb.methods import METHODS, TrainCfg
 from fairmix_nb.mixup import ClassTable
@@ -405,6 +406,16 @@ def test_bf16_is_timed_in_bf16():
     torch.manual_seed(0)
     first = {p: bench.trainer(images, cfg, precision=p)()[0].item() for p in ("fp32", "bf16")}
     assert 0 < abs(first["bf16"] / first["fp32"] - 1) < 0.1, first
+
+
+def test_the_ceiling_is_the_best_that_was_reached():
+    work = dict(gemm=10, convolution=30, copy=8)
+    assert bench.peaks(work, dict(gemm=[1], convolution=[2, 9, 2], copy=[4])) == (15, 2)
+    jobs, work = bench.ceilings(256, 1)
+    assert set(jobs) == set(work) == {"gemm", "convolution", "copy"}
+    with FlopCounterMode(display=False) as seen:
+        jobs["convolution"]()
+    assert work["convolution"] == seen.get_total_flops()
 
 
 LOG = """
