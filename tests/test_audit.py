@@ -42,8 +42,9 @@ import torch
 from fairmix_nb.audit import audit
 from fairmix_nb.data import load
 from fairmix_nb.models import build
-audit(build('small_cnn', 10, 1, 0), load('digits').test, .1, ('clean', 'fgsm', 'pgd-3', 'pgd-5'),
-      batch=16, diagnose=50, out={out!r}, resume={resume}, progress=False, device='cpu')
+images = load('digits').test.subset(slice(160))
+audit(build('small_cnn', 10, 1, 0), images, .1, ('clean', 'fgsm', 'pgd-3', 'pgd-5'),
+      batch=8, diagnose=10, out={out!r}, resume={resume}, progress=False, device='cpu')
 """
 
 
