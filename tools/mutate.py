@@ -276,7 +276,8 @@ def module_mutants(module: str, n: int, before: list | None = None) -> tuple:
     for i, source in cells:
         if {"export", "exporti"} & book.directives(book.cells(path)[i]).keys():
             every += [m | dict(cell=i) for m in mutants(ast.parse(source))]
-    sample, out, space, start = chosen(every, n), [], {"__name__": "__main__"}, spent()
+    sample, out, start = chosen(every, n), [], spent()
+    space = {"__name__": "__main__", "display": lambda *shown: None}  # IPython knows it too
     if before is not None:
 
         def name(m):
