@@ -66,7 +66,7 @@ def test_a_run_is_complete(path, script):
     r = json.loads(path.read_text())
     assert path.stat().st_size <= 40_000 and "/tmp" not in path.read_text()
     assert (r["schema"], r["kind"], r["name"]) == (1, "cifar10 run", path.stem)
-    assert r["data"]["name"].startswith("cifar10") and r["data"]["sizes"] == dict(
+    assert r["data"]["name"] in ("cifar10", "cifar10 (folder)") and r["data"]["sizes"] == dict(
         train=49_000, val=1000, test=10_000
     )
     assert ORIGIN <= set(r["provenance"])
