@@ -261,12 +261,14 @@ def test_a_clean_partner_is_an_image_of_its_class_or_of_any(digits, same):
 def test_survival_counts_censored_runs_and_compares_with_fgsm():
     fates = {"FGSM": [(e, True) for e in (5, 6, 7, 8, 9)], "N-FGSM": [(100, False)] * 5}
     fates["same class"] = [(60, True)] + [(100, False)] * 4
-    runs = [dict(eps=0.3, control=k, epoch=e, collapsed=c) for k, v in fates.items() for e, c in v]
-    fgsm, nfgsm, same = survival.survival(dict(eps=[0.3], runs=runs))
-    assert "5 of 5" in fgsm and "alive 0.00" in fgsm and "p =" not in fgsm
-    assert "0 of 5 at []" in nfgsm and "1 of 5 at [60], alive 0.80" in same
+    fates = [(k, e, c) for k, v in fates.items() for e, c in v]
+    runs = [dict(eps=0.3, control=k, epoch=e, collapsed=c, first_class=e % 2) for k, e, c in fates]
+    head, fgsm, nfgsm, same = survival.survival(dict(runs=runs), 0.3, ("FGSM",))
+    assert fgsm == ["FGSM", "5 of 5", "5 to 9", "7", "1 (3), 0 (2)", ""]
+    assert nfgsm[:-1] == ["N-FGSM", "0 of 5", "", "beyond 100", ""]
+    assert same[:-1] == ["same class", "1 of 5", "60 to 60", "beyond 100", "0 (1)"]
     # by hand: at each of the five deaths, expected are 5/10, 4/9, 3/8, 2/7, 1/6 of FGSM's
     expected = sum(k / (k + 5) for k in range(1, 6))
     variance = sum(k * 5 / (k + 5) ** 2 for k in range(1, 6))
     p = 2 * (1 - torch.distributions.Normal(0, 1).cdf(torch.tensor((5 - expected) / variance**0.5)))
-    assert f"p = {p:.3f}" in nfgsm
+    assert float(nfgsm[-1]) == pytest.approx(p, rel=5e-3)

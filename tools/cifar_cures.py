@@ -8,7 +8,7 @@ Base: ResNet-20, N-FGSM at 8/255, crop and flip, SGD with a cyclic schedule, 15 
 images a class are held out for every choice. From each base the methods and AT itself, the control,
 train two epochs more at the rates of FAAL (.01, .001). Judged on `--test` test images: clean and by
 margins (Auto-PGD towards every wrong class), without and with offsets chosen on the held-out
-images; AutoAttack on the first `--autoattack` of them where asked for. A seed is finished before
+images; AutoAttack on `--autoattack` of them where asked for. A seed is finished before
 the next begins, and several processes may share a record, each with its `--seeds`. nbs/networks
 keeps the bases, runs/cifar_cures what is tuned from them; the record is written after every run.
 """
@@ -86,20 +86,35 @@ def judged(args, net, data, threat):
     how = dict(steps=args.steps, device=args.device)
     flags, chosen = before_and_after(net, val, images, threat, **how)
     flags = {k: pack_flags(v) for k, v in flags.items()}
-    if args.autoattack:
-        few = spread_subset(data.test, args.autoattack)
-        net.to(args.device)
-        wrong = attack_errors(net, few.to(args.device), threat, ("autoattack",))["autoattack"]
-        flags["autoattack"] = pack_flags(wrong.cpu().numpy())
     return dict(flags=flags, offsets=chosen.round(4).tolist())
+
+
+def network_of(args, run):
+    "A network of the record: a base, or what was tuned from one."
+    name, tuned, _ = run["method"].partition(", tuned")
+    base = args.networks / f"{args.model}-s{run['seed']}.pt"
+    path = args.runs / f"{name}-tuned-{run['seed']}" if tuned else base
+    return load_model(path, 10, 3, args.model)[0]
+
+
+def checked(args, run, data, threat):
+    "AutoAttack on some of the images that the margins were taken of; which they are."
+    images = spread_subset(data.test, args.test)
+    places = torch.linspace(0, len(images) - 1, args.autoattack).round().long()
+    few, net = images.subset(places).to(args.device), network_of(args, run).to(args.device)
+    wrong = attack_errors(net, few, threat, ("autoattack",))["autoattack"]
+    return dict(places=places.tolist(), flags=pack_flags(wrong.cpu().numpy()))
+
+
+def data_of(args, seed):
+    return load(
+        args.data, seed, val_per_class=args.held_out, per_class=args.per_class, progress=False
+    )
 
 
 def of_seed(args, seed, done):
     "The runs of a seed that are not done yet, as they end: the base, then what goes on from it."
-    data = load(
-        args.data, seed, val_per_class=args.held_out, per_class=args.per_class, progress=False
-    )
-    base, cfg = recipes(args.epochs, args.tuning, seed)
+    data, (base, cfg) = data_of(args, seed), recipes(args.epochs, args.tuning, seed)
     first, start = base_of(args, data, base)
     for name in (None, *args.methods):
         key, recipe = (f"{name}, tuned", cfg) if name else ("at", base)
@@ -117,9 +132,8 @@ def of_seed(args, seed, done):
 
 def frame(args):
     "The record before its first run."
-    data = load(args.data, 0, val_per_class=args.held_out, per_class=args.per_class, progress=False)
+    data = data_of(args, 0)
     base, tuned = (json.loads(json.dumps(asdict(c))) for c in recipes(args.epochs, args.tuning, 0))
-    counts = {k: spread_subset(data.test, n).counts() for k, n in judged_on(args).items()}
     return dict(
         schema=SCHEMA,
         kind="cifar cures",
@@ -127,19 +141,14 @@ def frame(args):
         base=base,
         tuned=tuned,
         steps=args.steps,
-        images=counts,
+        images=dict(margins=spread_subset(data.test, args.test).counts()),
         val=args.val,
-        methods={name: describe(METHODS[name]) for name in args.methods},
         classes=list(data.test.classes),
         data=data.describe(),
         provenance=provenance(args.device),
         device=args.device,
         runs=[],
     )
-
-
-def judged_on(args):
-    return dict(margins=args.test) | (dict(autoattack=args.autoattack) if args.autoattack else {})
 
 
 def runs_so_far(path, record):
@@ -150,7 +159,7 @@ def runs_so_far(path, record):
     differ = differing(kept, record, ("model", "base", "tuned", "steps", "images"))
     if differ:
         raise SystemExit(f"{path} was made with another {', '.join(differ)}")
-    return sorted(kept["runs"], key=lambda run: run["seed"])
+    return kept["runs"]
 
 
 def main(words=None):
@@ -179,12 +188,24 @@ def main(words=None):
     torch.set_num_threads(1)
     record = frame(args)
     record["runs"] = runs_so_far(args.out, record)
+
+    def keep(run, what):
+        key = run["method"], run["seed"]
+        others = [r for r in runs_so_far(args.out, record) if (r["method"], r["seed"]) != key]
+        record["runs"] = sorted([*others, run], key=lambda r: r["seed"])
+        names = dict.fromkeys(r["method"].partition(",")[0] for r in record["runs"])
+        record["methods"] = {name: describe(METHODS[name]) for name in names}
+        write_aside(args.out, json.dumps(record))
+        print(f"{time.strftime('%H:%M:%S')} {key}: {what}", flush=True)
+
     for seed in args.seeds:
         done = {(r["method"], r["seed"]) for r in record["runs"]}
         for run in of_seed(args, seed, done):
-            record["runs"] = [*runs_so_far(args.out, record), run]
-            write_aside(args.out, json.dumps(record))
-            print(f"{time.strftime('%H:%M:%S')} {run['method']}, seed {seed}: done", flush=True)
+            keep(run, "done")
+        for run in record["runs"] if args.autoattack else ():
+            if run["seed"] == seed and "autoattack" not in run:
+                data, cfg = data_of(args, seed), recipes(args.epochs, args.tuning, seed)[0]
+                keep(run | dict(autoattack=checked(args, run, data, cfg.threat)), "AutoAttack")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ PGD-20 risk is largest then. Runs that end without are censored at the last epoc
 import argparse
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fairmix_nb.methods import METHODS, Method, TrainCfg, describe
 from fairmix_nb.mixup import any_partner, mix, same_class_partners
 from fairmix_nb.models import build
 from fairmix_nb.records import SCHEMA, provenance, write_aside
-from fairmix_nb.report import attack_errors, outcome_of
+from fairmix_nb.report import attack_errors, columns, outcome_of
 from fairmix_nb.train import fit
 
 ROOT, GAP = Path(__file__).resolve().parent.parent, 0.3
@@ -98,29 +99,34 @@ def one(name, eps, seed, epochs):
     return about | dict(first_class=first, curve=curve)
 
 
-def survival(record):
-    "Lines: collapses, Kaplan-Meier survival at the end, log-rank test against FGSM."
-    lines = []
-    for eps in record["eps"]:
-        runs = [r for r in record["runs"] if r["eps"] == eps]
-        groups = {}
-        for r in runs:
-            groups.setdefault(r["control"], []).append(r)
-        sample = {
-            k: stats.CensoredData.right_censored(
-                [r["epoch"] for r in g], [not r["collapsed"] for r in g]
-            )
-            for k, g in groups.items()
-        }
-        for k, g in groups.items():
-            fell = [r["epoch"] for r in g if r["collapsed"]]
-            p = stats.logrank(sample["FGSM"], sample[k]).pvalue if k != "FGSM" else None
-            alive = 1 - len(fell) / len(g)
-            told = f"log-rank against FGSM p = {p:.3f}" if p is not None else ""
-            lines.append(
-                f"{eps:4} {k:26} {len(fell)} of {len(g)} at {fell}, alive {alive:.2f} {told}"
-            )
-    return lines
+def sample(record, control, eps):
+    "The epochs of collapse of a control's runs; those that stand at their end are censored."
+    runs = [r for r in record["runs"] if (r["control"], r["eps"]) == (control, eps)]
+    epochs, stands = [r["epoch"] for r in runs], [not r["collapsed"] for r in runs]
+    return stats.CensoredData.right_censored(epochs, stands)
+
+
+def survival(record, eps, against=("FGSM", "lambda delta, no partner")):
+    "Rows of a table: collapses, their epochs, the class that falls first, log-rank p-values."
+    rows = [
+        ["control", "collapsed", "epochs", "median", "first class", *(f"p, {a}" for a in against)]
+    ]
+    for control in dict.fromkeys(r["control"] for r in record["runs"] if r["eps"] == eps):
+        runs = [r for r in record["runs"] if (r["control"], r["eps"]) == (control, eps)]
+        fell, mine = [r for r in runs if r["collapsed"]], sample(record, control, eps)
+        epochs = [r["epoch"] for r in fell]
+        classes = Counter(r["first_class"] for r in fell).most_common()
+        middle = stats.ecdf(mine).sf
+        below = middle.quantiles[middle.probabilities <= 0.5]
+        p = [
+            "" if a == control else f"{stats.logrank(sample(record, a, eps), mine).pvalue:.3g}"
+            for a in against
+        ]
+        span = f"{min(epochs)} to {max(epochs)}" if fell else ""
+        median = f"{below[0]:.0f}" if len(below) else f"beyond {max(r['epoch'] for r in runs)}"
+        first = ", ".join(f"{c} ({n})" for c, n in classes)
+        rows.append([control, f"{len(fell)} of {len(runs)}", span, median, first, *p])
+    return rows
 
 
 def main(words=None):
@@ -138,7 +144,8 @@ def main(words=None):
     if args.out.exists():
         record["runs"] = json.loads(args.out.read_text())["runs"]
     if args.show:
-        print("\n".join(survival(record)))
+        for eps in args.eps:
+            print(f"eps {eps}\n{columns(survival(record, eps))}")
         return
     done, start = {(r["control"], r["eps"], r["seed"]) for r in record["runs"]}, time.perf_counter()
     for seed in range(args.seeds):
