@@ -89,19 +89,19 @@ def judged(args, net, data, threat):
     return dict(flags=flags, offsets=chosen.round(4).tolist())
 
 
-def network_of(args, run):
-    "A network of the record: a base, or what was tuned from one."
+def network_file(args, run):
+    "Where a network of the record is kept: a base, or what was tuned from one."
     name, tuned, _ = run["method"].partition(", tuned")
     base = args.networks / f"{args.model}-s{run['seed']}.pt"
-    path = args.runs / f"{name}-tuned-{run['seed']}" if tuned else base
-    return load_model(path, 10, 3, args.model)[0]
+    return args.runs / f"{name}-tuned-{run['seed']}" / "last.pt" if tuned else base
 
 
 def checked(args, run, data, threat):
-    "AutoAttack on some of the images that the margins were taken of; which they are."
+    "AutoAttack on some of the images that the margins were taken of: which ones, and its flags."
     images = spread_subset(data.test, args.test)
     places = torch.linspace(0, len(images) - 1, args.autoattack).round().long()
-    few, net = images.subset(places).to(args.device), network_of(args, run).to(args.device)
+    few, net = images.subset(places), load_model(network_file(args, run), 10, 3, args.model)[0]
+    few, net = few.to(args.device), net.to(args.device)
     wrong = attack_errors(net, few, threat, ("autoattack",))["autoattack"]
     return dict(places=places.tolist(), flags=pack_flags(wrong.cpu().numpy()))
 
@@ -203,9 +203,15 @@ def main(words=None):
         for run in of_seed(args, seed, done):
             keep(run, "done")
         for run in record["runs"] if args.autoattack else ():
-            if run["seed"] == seed and "autoattack" not in run:
-                data, cfg = data_of(args, seed), recipes(args.epochs, args.tuning, seed)[0]
-                keep(run | dict(autoattack=checked(args, run, data, cfg.threat)), "AutoAttack")
+            if run["seed"] != seed or "autoattack" in run:
+                continue
+            if not network_file(args, run).exists():
+                print(
+                    f"{run['method']}, seed {seed}: no network at {network_file(args, run)}, left out"
+                )
+                continue
+            data, cfg = data_of(args, seed), recipes(args.epochs, args.tuning, seed)[0]
+            keep(run | dict(autoattack=checked(args, run, data, cfg.threat)), "AutoAttack")
 
 
 if __name__ == "__main__":
