@@ -205,10 +205,8 @@ def main(words=None):
         for run in record["runs"] if args.autoattack else ():
             if run["seed"] != seed or "autoattack" in run:
                 continue
-            if not network_file(args, run).exists():
-                print(
-                    f"{run['method']}, seed {seed}: no network at {network_file(args, run)}, left out"
-                )
+            if not (path := network_file(args, run)).exists():
+                print(f"{run['method']}, seed {seed} is left out: no network at {path}")
                 continue
             data, cfg = data_of(args, seed), recipes(args.epochs, args.tuning, seed)[0]
             keep(run | dict(autoattack=checked(args, run, data, cfg.threat)), "AutoAttack")
