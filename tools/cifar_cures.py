@@ -191,8 +191,8 @@ def main(words=None):
 
     def keep(run, what):
         key = run["method"], run["seed"]
-        others = [r for r in runs_so_far(args.out, record) if (r["method"], r["seed"]) != key]
-        record["runs"] = sorted([*others, run], key=lambda r: r["seed"])
+        by = {(r["method"], r["seed"]): r for r in runs_so_far(args.out, record)} | {key: run}
+        record["runs"] = sorted(by.values(), key=lambda r: r["seed"])  # a run judged anew stays put
         names = dict.fromkeys(r["method"].partition(",")[0] for r in record["runs"])
         record["methods"] = {name: describe(METHODS[name]) for name in names}
         write_aside(args.out, json.dumps(record))
