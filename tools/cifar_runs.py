@@ -33,7 +33,7 @@ from fairmix_nb.models import CIFAR_STD, build
 from fairmix_nb.records import pick_device, provenance, write_aside
 from fairmix_nb.risk import pack_flags
 from fairmix_nb.runs import checkpoints, load_model
-from fairmix_nb.train import fit, resume, watch_closely
+from fairmix_nb.train import PRECISIONS, fit, resume, watch_closely
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
@@ -117,7 +117,11 @@ def train(run, data, folder, args):
         if row["epoch"] == args.until:
             raise Stopped
 
-    kw = dict(device=args.device, watched=run.cfg.epochs, watch=watch_closely, progress=False)
+    def look(*args_of_watch):
+        return watch_closely(*args_of_watch) | dict(precision=args.precision)
+
+    kw = dict(device=args.device, watched=run.cfg.epochs, watch=look, progress=False)
+    kw |= dict(precision=args.precision)
     try:
         if not checkpoints(folder):
             fit(model, data, run.cfg, run.way, out=folder, on_epoch=on_epoch, **kw)
@@ -180,6 +184,7 @@ def do_run(run, data, args):
     kw = dict(device=args.device, progress=False)
     test = spread_subset(data.test, args.audited or FORMS[run.form]["audited"])
     outcome = audit(model, test, threat, names, **kw)
+    whole = audit(model, data.test, threat, ("clean", "fgsm"), diagnose=0, **kw)
     taken = audit(model, data.val, threat, ("clean", "pgd-20"), diagnose=0, **kw)
     confusion = {a: taken.confusion(a).tolist() for a in taken.attacks}
     keys = ("cfg", "data", "provenance", "device", "seconds", "gradient_evaluations")
@@ -189,6 +194,9 @@ def do_run(run, data, args):
     record |= dict(way=found["method"], watched=min(500, len(data.val)), test=test.digest())
     record["curves"] = {k: [row.get(k) for row in found["curves"]] for k in found["curves"][-1]}
     record |= dict(attacks=attacked(outcome), diagnosis=outcome.record["diagnosis"])
+    record["whole"] = {
+        a: whole.counts(a, raw=True)[0].tolist() for a in whole.attacks
+    }  # the paper's
     record["probes"] = probes(model, test.to(args.device), threat)
     record["pairs"] = pairs(model, data.val.to(args.device), confusion)
     record["mended"] = mended(model, data, test, threat, **kw)
@@ -258,6 +266,7 @@ def arguments(words=None):
     p.add_argument("--only", help="only runs whose name contains this")
     p.add_argument("--data", default="cifar10", help="'cifar10' or a folder")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of training")
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "cifar10")
     p.add_argument("--records", type=Path, default=ROOT / "nbs" / "results" / "cifar10")
     p.add_argument("--list", action="store_true", help="the grid and its price; runs nothing")
