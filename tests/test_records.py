@@ -82,7 +82,7 @@ def test_a_run_is_complete(path, script):
     assert curves["epoch"] == list(range(1, r["epochs_done"] + 1))
     assert {"loss", "clean", "fgsm", "pgd-20", "alignment"} <= set(curves)
     assert all(len(v) == r["epochs_done"] for v in curves.values())
-    numbers = [v for k, v in curves.items() if k != "by_class"]
+    numbers = [v for k, v in curves.items() if k not in ("by_class", "precision")]
     assert all(math.isfinite(x) for v in numbers for x in v)
     if not r["attacks"]:  # trained, its audit still to come: only while the run is unfinished
         assert not r["finished"]
@@ -91,6 +91,10 @@ def test_a_run_is_complete(path, script):
     assert {"clean", "fgsm", "pgd-50x2", "apgd-ce"} <= set(r["attacks"])
     assert {sum(a["n"]) for a in r["attacks"].values()} == {script.FORMS[r["form"]]["audited"]}
     check_attacks(r["attacks"])
+    for name, wrong in r.get("whole", {}).items():  # all test images: the audited ones among them
+        audited = r["attacks"][name]
+        more = np.subtract(wrong, audited["wrong"])
+        assert (more >= 0).all() and (more <= 1000 - np.array(audited["n"])).all()
     for found in r["pairs"]["confusion"].values():
         assert np.array(found).sum(1).tolist() == [100] * 10
 
