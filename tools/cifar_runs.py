@@ -117,11 +117,11 @@ def train(run, data, folder, args):
         if row["epoch"] == args.until:
             raise Stopped
 
-    def look(*args_of_watch):
-        return watch_closely(*args_of_watch) | dict(precision=args.precision)
+    def look(model, images, threat):
+        return watch_closely(model, images, threat) | dict(precision=args.precision)
 
     kw = dict(device=args.device, watched=run.cfg.epochs, watch=look, progress=False)
-    kw |= dict(precision=args.precision)
+    kw["precision"] = args.precision
     try:
         if not checkpoints(folder):
             fit(model, data, run.cfg, run.way, out=folder, on_epoch=on_epoch, **kw)
@@ -184,6 +184,7 @@ def do_run(run, data, args):
     kw = dict(device=args.device, progress=False)
     test = spread_subset(data.test, args.audited or FORMS[run.form]["audited"])
     outcome = audit(model, test, threat, names, **kw)
+    # the paper's own measurement
     whole = audit(model, data.test, threat, ("clean", "fgsm"), diagnose=0, **kw)
     taken = audit(model, data.val, threat, ("clean", "pgd-20"), diagnose=0, **kw)
     confusion = {a: taken.confusion(a).tolist() for a in taken.attacks}
@@ -194,9 +195,7 @@ def do_run(run, data, args):
     record |= dict(way=found["method"], watched=min(500, len(data.val)), test=test.digest())
     record["curves"] = {k: [row.get(k) for row in found["curves"]] for k in found["curves"][-1]}
     record |= dict(attacks=attacked(outcome), diagnosis=outcome.record["diagnosis"])
-    record["whole"] = {
-        a: whole.counts(a, raw=True)[0].tolist() for a in whole.attacks
-    }  # the paper's
+    record["whole"] = {a: whole.counts(a, raw=True)[0].tolist() for a in whole.attacks}
     record["probes"] = probes(model, test.to(args.device), threat)
     record["pairs"] = pairs(model, data.val.to(args.device), confusion)
     record["mended"] = mended(model, data, test, threat, **kw)
