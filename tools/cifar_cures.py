@@ -6,7 +6,8 @@
 
 Base: ResNet-20, N-FGSM at 8/255, crop and flip, SGD with a cyclic schedule, 15 epochs; 300 training
 images a class are held out for every choice. From each base the methods and AT itself, the control,
-train two epochs more at the rates of FAAL (.01, .001). Judged on `--test` test images: clean and by
+train two epochs more at the rates of FAAL (.01, .001); with `--again` the base learns for as many
+epochs as before, a second cycle. Judged on `--test` test images: clean and by
 margins (Auto-PGD towards every wrong class), without and with offsets chosen on the held-out
 images; AutoAttack on `--autoattack` of them where asked for. A seed is finished before
 the next begins, and several processes may share a record, each with its `--seeds`. nbs/networks
@@ -47,14 +48,14 @@ def recipes(epochs, tuning, seed):
     return base, TrainCfg(**how, **ROBUST, seed=seed)
 
 
-def trained(args, data, name, cfg, start=None):
+def trained(args, data, name, part, cfg, start=None):
     "A network that is there, gone on with, or new; its record."
-    out, tuned = args.runs / f"{name}-{'tuned' if start else 'base'}-{cfg.seed}", bool(start)
+    out = args.runs / f"{name}-{part}-{cfg.seed}"
     net, kw = build(args.model, data.train.n_cls, 3, cfg.seed), dict(device=args.device)
     kw.update(progress=False, on_epoch=lambda row: print(said(out.name, row), flush=True))
     if checkpoints(out):
         return resume(out, net, data, cfg, METHODS[name], **kw)
-    return fit(net, data, cfg, name, out=out, start_from=start if tuned else None, **kw)
+    return fit(net, data, cfg, name, out=out, start_from=start, **kw)
 
 
 def kept_network(folder, path):
@@ -68,7 +69,7 @@ def base_of(args, data, cfg):
     "The network that others go on from, trained where it is not there yet; and its file."
     path = args.networks / f"{args.model}-s{cfg.seed}.pt"
     if not path.exists():
-        trained(args, data, "at", cfg)
+        trained(args, data, "at", "base", cfg)
         kept_network(args.runs / f"at-base-{cfg.seed}", path)
     net, content = load_model(path, data.train.n_cls, 3, args.model)
     cost = dict(gradient_evaluations=content["gradients"], seconds=content["seconds"])
@@ -91,9 +92,9 @@ def judged(args, net, data, threat):
 
 def network_file(args, run):
     "Where a network of the record is kept: a base, or what was tuned from one."
-    name, tuned, _ = run["method"].partition(", tuned")
+    name, _, part = run["method"].partition(", ")
     base = args.networks / f"{args.model}-s{run['seed']}.pt"
-    return args.runs / f"{name}-tuned-{run['seed']}" / "last.pt" if tuned else base
+    return args.runs / f"{name}-{part}-{run['seed']}" / "last.pt" if part else base
 
 
 def checked(args, run, data, threat):
@@ -116,11 +117,12 @@ def of_seed(args, seed, done):
     "The runs of a seed that are not done yet, as they end: the base, then what goes on from it."
     data, (base, cfg) = data_of(args, seed), recipes(args.epochs, args.tuning, seed)
     first, start = base_of(args, data, base)
-    for name in (None, *args.methods):
-        key, recipe = (f"{name}, tuned", cfg) if name else ("at", base)
+    plan = [("at", base), *[(f"{name}, tuned", cfg) for name in args.methods]]
+    for key, recipe in [*plan, ("at, again", base)] if args.again else plan:
         if (key, seed) in done:
             continue
-        found = trained(args, data, name, recipe, start) if name else first
+        name, _, part = key.partition(", ")
+        found = trained(args, data, name, part, recipe, start) if part else first
         spent = found.record["gradient_evaluations"] / len(data.train)
         about = dict(method=key, seed=seed, gradients=round(spent, 2))
         yield (
@@ -174,6 +176,7 @@ def main(words=None):
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=15)
     p.add_argument("--tuning", type=int, default=2, help="epochs from the base")
+    p.add_argument("--again", action="store_true", help="also the base, for --epochs more")
     p.add_argument("--steps", type=int, default=20, help="of the margins, for each wrong class")
     p.add_argument("--val", type=int, default=1000, help="held-out images that offsets see")
     p.add_argument("--test", type=int, default=2000)
@@ -183,7 +186,7 @@ def main(words=None):
     args.held_out, args.per_class = HELD_OUT, None
     if args.rehearse:
         args.held_out, args.per_class, args.val, args.test = 10, 40, 50, 50
-        args.seeds, args.epochs, args.tuning, args.steps = [0], 1, 1, 2
+        args.seeds, args.epochs, args.tuning, args.steps, args.again = [0], 1, 1, 2, True
         args.autoattack, args.networks = min(args.autoattack, 20), args.runs
     torch.set_num_threads(1)
     record = frame(args)
