@@ -146,7 +146,7 @@ def main(words=None):
     p.add_argument("--out", type=Path, default=ROOT / "nbs" / "results" / "digits_survival.json")
     p.add_argument("--epochs", type=int, default=100)
     p.add_argument("--seeds", type=int, default=10)
-    p.add_argument("--eps", type=float, nargs="+", default=[0.225])
+    p.add_argument("--eps", type=float, nargs="+", default=[0.25])
     p.add_argument("--show", action="store_true")
     args = p.parse_args(words)
     torch.set_num_threads(1)
