@@ -113,7 +113,8 @@ def compare_arguments(a):
     a("--epochs", type=int, help="default: 30 for digits, else 80")
     a("--batch", type=int, help="images a step (default: 64 for digits, else 256)")
     a("--model", help=", ".join(MODELS) + " (default: small_cnn for digits, else resnet20)")
-    a("--start-from", type=Path, metavar="FILE", help="a checkpoint that every run begins with")
+    says = "checkpoint that every run begins with; one for each seed: runs/base/at-{seed}"
+    a("--start-from", type=Path, metavar="FILE", help=says)
     a("--subset", type=int, metavar="N", help="keep N training images a class")
     a("--val-subset", type=int, metavar="N", help="N validation images a class (default: a tenth)")
     a("--test-subset", type=int, metavar="N", help="keep N test images a class")
