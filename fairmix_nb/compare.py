@@ -7,7 +7,6 @@ __all__ = ['preset', 'Plan', 'compare', 'Comparison', 'show']
 
 # %% ../nbs/20_compare.ipynb #b3066ca6
 import contextlib
-import inspect
 import io
 import json
 import multiprocessing
@@ -15,7 +14,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,13 +28,14 @@ from .records import SCHEMA, digest, pick_device, progress_bar, provenance, read
 from .records import same_numbers, write_aside
 from .report import Outcome, attack_errors, canvas, class_rows, columns, name_ticks
 from .report import one_step_signs, outcome_of, short
-from .risk import classwise_risk, exact_interval, paired_bootstrap
+from .risk import classwise_risk, exact_interval, paired_bootstrap, worst_difference
 from .risk import summary as four_numbers
-from .risk import worst_difference
 from .runs import StartWarning, check_start, checkpoints, curves_csv, load_checkpoint
 from .runs import read_start, read_weights
 
 # %% ../nbs/20_compare.ipynb #a5b3049a
+import inspect
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 

@@ -14,13 +14,14 @@ import pickle
 import signal
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 # %% ../nbs/25_ranks.ipynb #a66b5f59
+import warnings
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -19,7 +19,6 @@ import os
 import re
 import warnings
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -324,19 +323,19 @@ class Keeper:
         data: Data,
         device: str,  # 'cpu' or 'cuda'
         how: dict,  # compile, precision, deterministic
-        start_from: str | None = None,  # digest of the weights that the run began with
+        start: dict | None = None,  # of the weights it began with: start_from, start_note
     ):
         self.out, self.cfg, self.method, self.saved = out and Path(out), cfg, method, 0
         origin = provenance(device)
         self.versions = {k: origin[k] for k in ("torch", "fairmix_nb", "cpu", "gpu", "threads")}
         fixed = dict(cfg=asdict(cfg), method=describe(method), data=data.digest(), how=how)
-        fixed.update(versions=self.versions, classes=data.train.classes, start_from=start_from)
+        start = dict(start_from=None) | {k: v for k, v in (start or {}).items() if v}
+        fixed.update(versions=self.versions, classes=data.train.classes, **start)
         about = data.describe()
         fixed.update(shape=about["shape"], split=data.split, parts=about["digests"])
         self.fixed = dict(json.loads(json.dumps(fixed)), schema=CHECKPOINT)
         self.origin = dict(data=about, provenance=origin, device=device, how=how)
-        if start_from is not None:
-            self.origin["start_from"] = start_from
+        self.origin.update({k: v for k, v in start.items() if v})
 
     def share(self, ranks: dict | None):
         "Add how many processes share the run, where it is more than one"
@@ -445,7 +444,10 @@ class StartWarning(UserWarning):
     "What is not known of the weights that a run begins with"
 
 
-def same_test(then, now):
+def same_test(
+    then: dict,  # split of a checkpoint
+    now: dict,  # split of a run
+) -> bool:
     "Whether two splits leave the same images for the test part, all of them or some."
     same = all(then.get(k) == now.get(k) for k in ("rule", "fold", "shuffle"))
     whole = all(then.get(k) == now.get(k) for k in ("size", "test_per_class"))
@@ -459,11 +461,11 @@ def check_start(
     path: str | Path,  # the file, for the errors
 ) -> str:  # what is not known of them; empty where nothing is open
     "Refuse weights that may have been trained on a run's test images, or for other classes"
-    pairs = zip_longest(found.get("classes", data.test.classes), data.test.classes)
-    for c, (then, now) in enumerate(pairs):
-        if then != now:
-            says = f"start_from must have the classes of {data.name} in their order"
-            raise ValueError(f"{says}: class {c} must be {now!r}, got {then!r} in {path}")
+    now, then = (list(v) for v in (data.test.classes, found.get("classes", data.test.classes)))
+    if then != now:
+        c = next(i for i in range(len(then) + 1) if then[i : i + 1] != now[i : i + 1])
+        wrong = f"class {c} must be {now[c : c + 1]}, got {then[c : c + 1]} in {path}"
+        raise ValueError(f"start_from must have the classes of {data.name} in their order: {wrong}")
     if "data" not in found:
         return "start_from does not say what it was trained on: test images may be among it"
     then, now, parts = found.get("split") or {}, data.split, found.get("parts", {})
@@ -477,12 +479,14 @@ def check_start(
     kept = then.get("per_class")  # the same images for every seed, and never for validation
     alike = isinstance(kept, int) and kept == now.get("per_class")
     if same or alike or parts.get("val") == data.val.digest():
-        return ""
+        return found.get("start_note", "")  # of what it began with itself
     says = "start_from was trained with another validation part: what is chosen on validation"
     return f"{says} images may rest on images it has learnt; the test images are new to it"
 
 
-def how_cut(split):
+def how_cut(
+    split: dict,  # of a checkpoint, or a run
+) -> str:
     "How a split names itself."
     if split.get("rule") == "thirds":
         return f"seed {3 * split['shuffle'] + split['fold']}"

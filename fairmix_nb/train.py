@@ -121,22 +121,22 @@ def tunes(method):
 
 
 def load_start(model, data, method, start_from=None, resume_from=None, tell=True):
-    "Put the weights that a run begins with into `model`; their digest, for the record"
+    "Put the weights that a run begins with into `model`; for the record, their digest and a note"
     if resume_from:
-        return resume_from.get("start_from")
-    note = FRESH if start_from is None and tunes(method) else ""
+        return {k: resume_from.get(k) for k in ("start_from", "start_note")}
+    weights, note = None, FRESH if tunes(method) else ""
     if start_from is not None:
         weights, found = read_weights(start_from)
         note = check_start(found, data, start_from)
     if note and tell:
         warnings.warn(note, StartWarning, stacklevel=3)
-    if start_from is None:
-        return None
+    if weights is None:
+        return {}
     try:
         getattr(model, "_orig_mod", model).load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"start_from must fit the model: {e}") from None
-    return digest(weights)
+    return dict(start_from=digest(weights), start_note=note)
 
 # %% ../nbs/16_train.ipynb #44f32c72
 def step_eagerly(whole):

@@ -342,6 +342,29 @@ def test_a_gate_that_never_opens_leaves_the_network(digits):
     assert same_bits(fit(digits, shut).model, fit(digits, "at").model)
 
 
+@pytest.mark.parametrize("name", ["fawa", "cfa", "cfa_trades", "fairtat"])
+def test_a_gate_wants_validation_images_of_every_class(digits, name, tmp_path):
+    few = replace(digits, val=digits.val.subset((digits.val.y != 3) & (digits.val.y != 8)))
+    with pytest.raises(
+        ValueError, match="needs validation images of every class, got none of 3, 8"
+    ):
+        fit(few, name, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*"))
+    fit(few, Averaged(METHODS[name].inner, 0.85, "epoch"), replace(CFG, epochs=1))  # without one
+
+
+@pytest.mark.parametrize("name", ["ccm", "trix", "fairtat", "skg"])
+def test_a_class_that_an_epoch_leaves_out_is_named(digits, name):
+    y = digits.train.y
+    one = (y != 7) | (torch.arange(len(y)) == (y == 7).nonzero()[0, 0])
+    rare = replace(digits, train=digits.train.subset(one))
+    cfg = replace(CFG, epochs=20, batch=100, drop_last=True)  # 45 of 145 images are left out
+    says = r"class '7' had no image in epoch \d+, so its risk is not known.*stopped in epoch"
+    with pytest.raises(FloatingPointError, match=says):
+        fit(rare, name, cfg)
+    fit(rare, name, replace(cfg, epochs=1, drop_last=False))
+
+
 def test_an_average_passes_every_verb_on(digits):
     called = []
 
