@@ -192,7 +192,8 @@ def train_arguments(a):
     a("--data", default="digits", help="digits, cifar10 or a folder of images")
     a("--model", default="resnet20", help=", ".join(MODELS))
     a("--method", default="at", help=", ".join(METHODS + MORE))
-    a("--start-from", type=Path, metavar="FILE", help="a checkpoint to begin with (fine-tuning)")
+    says = "a checkpoint to begin with (fine-tuning); on folds, one of the same seed"
+    a("--start-from", type=Path, metavar="FILE", help=says)
     a("--eps", help="radius in pixel units, 8/255 or 0.1")
     a("--schedule", type=parse_schedule, help="step,50,.1 or cyclic,.4 or constant")
     for name, kind in RECIPE.items():
