@@ -113,7 +113,8 @@ def compare_arguments(a):
     a("--epochs", type=int, help="default: 30 for digits, else 80")
     a("--batch", type=int, help="images a step (default: 64 for digits, else 256)")
     a("--model", help=", ".join(MODELS) + " (default: small_cnn for digits, else resnet20)")
-    a("--start-from", type=Path, metavar="FILE", help="a checkpoint that every run begins with")
+    says = "checkpoint that every run begins with; one for each seed: runs/base/at-{seed}"
+    a("--start-from", type=Path, metavar="FILE", help=says)
     a("--subset", type=int, metavar="N", help="keep N training images a class")
     a("--val-subset", type=int, metavar="N", help="N validation images a class (default: a tenth)")
     a("--test-subset", type=int, metavar="N", help="keep N test images a class")
@@ -191,7 +192,8 @@ def train_arguments(a):
     a("--data", default="digits", help="digits, cifar10 or a folder of images")
     a("--model", default="resnet20", help=", ".join(MODELS))
     a("--method", default="at", help=", ".join(METHODS + MORE))
-    a("--start-from", type=Path, metavar="FILE", help="a checkpoint to begin with (fine-tuning)")
+    says = "a checkpoint to begin with (fine-tuning); on folds, one of the same seed"
+    a("--start-from", type=Path, metavar="FILE", help=says)
     a("--eps", help="radius in pixel units, 8/255 or 0.1")
     a("--schedule", type=parse_schedule, help="step,50,.1 or cyclic,.4 or constant")
     for name, kind in RECIPE.items():

@@ -28,12 +28,14 @@ from .records import SCHEMA, digest, pick_device, progress_bar, provenance, read
 from .records import same_numbers, write_aside
 from .report import Outcome, attack_errors, canvas, class_rows, columns, name_ticks
 from .report import one_step_signs, outcome_of, short
-from .risk import classwise_risk, exact_interval, paired_bootstrap
+from .risk import classwise_risk, exact_interval, paired_bootstrap, worst_difference
 from .risk import summary as four_numbers
-from .risk import worst_difference
-from .runs import checkpoints, curves_csv, load_checkpoint, read_start
+from .runs import StartWarning, check_start, checkpoints, curves_csv, load_checkpoint
+from .runs import read_start, read_weights
 
 # %% ../nbs/20_compare.ipynb #a5b3049a
+import inspect
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -42,7 +44,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .train import fit
+from .train import FRESH, fit, tunes
 from .train import resume as resume_fit
 
 from .mend import mend as mend_offsets
@@ -99,7 +101,7 @@ class Plan:
     attacks: tuple  # weak to strong
     device: str  # 'cpu' or 'cuda'
     out: Path | None = None  # folder of the comparison
-    start_from: Path | None = None  # a checkpoint that every run begins with
+    start_from: str | Path | None = None  # what every run begins with; {seed} stands for its seed
     mend: tuple = ()  # names of the methods that are judged a second time, mended
 
     def network(self, data, seed):
@@ -111,6 +113,38 @@ class Plan:
         "Where a run is kept, if it is"
         return self.out and self.out / f"{name}-{seed}"
 
+    def start(self, seed):
+        "The checkpoint that the runs of a seed begin with, if any"
+        return self.start_from and Path(str(self.start_from).replace("{seed}", str(seed)))
+
+# %% ../nbs/20_compare.ipynb #65cfa996
+@contextlib.contextmanager
+def few_threads(data):
+    "One thread where images are tiny: two spend their time waiting for each other."
+    before = torch.get_num_threads()
+    try:
+        if tiny(data):
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tiny(data):
+    "Digits: images so small that a step is over before a second thread has begun."
+    return data.train.x[0, 0].numel() <= 256
+
+
+@contextlib.contextmanager
+def told_before(plan, method):
+    "A run does not say again what `check_starts` has said of its first weights."
+    if not (plan.start_from or isinstance(method, Method) and tunes(method)):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StartWarning)
+        yield
+
 # %% ../nbs/20_compare.ipynb #c75c062b
 def trained(plan, name, seed, data, progress):
     "The run of a method with a seed: new, or gone on with."
@@ -118,12 +152,13 @@ def trained(plan, name, seed, data, progress):
     cfg = replace(plan.cfg, seed=seed)
     begun = folder and checkpoints(folder)
     kw = dict(device=plan.device, progress=progress and f"{name}, seed {seed}", watched=10)
+    start = dict(start_from=plan.start(seed)) if plan.start_from else {}
     if not isinstance(method, Method):
-        found = dict(resume_from=load_checkpoint(folder)) if begun else {}
-        return method(net, data, cfg, out=folder, **found, **kw)
+        start = dict(resume_from=load_checkpoint(folder)) if begun else start
+        return method(net, data, cfg, out=folder, **start, **kw)
     if begun:
         return resume_fit(folder, net, data, cfg, method, **kw)
-    return fit(net, data, cfg, method, start_from=plan.start_from, out=folder, **kw)
+    return fit(net, data, cfg, method, out=folder, **start, **kw)
 
 
 def attacked(plan, model, images, progress=False):
@@ -144,15 +179,14 @@ def mended(plan, model, data):
 
 def one_run(plan, data, seed, name, progress=False):
     "Train and attack one method with one seed, or read what a finished run left; a record."
-    folder = plan.folder(name, seed)
-    path = folder and folder / "record.json"
+    path = plan.out and plan.folder(name, seed) / "record.json"
     if path and path.exists() and "attacks" in (kept := json.loads(path.read_text())):
         then, now = kept["data"]["digests"], data.describe()["digests"]
         if then != now:
             parts = ", ".join(k for k in now if then.get(k) != now[k])
             raise ValueError(f"{path} is of other images than {data.name} has now: {parts} differ")
         return kept
-    with few_threads(data):
+    with few_threads(data), told_before(plan, plan.methods[name]):
         done = trained(plan, name, seed, data, progress)
         found = attacked(plan, done.model, data.test, progress and f"{name}, seed {seed}")
         about = dict(kind="run", method=name, seed=seed, test=data.test.digest(), attacks=found)
@@ -164,23 +198,6 @@ def one_run(plan, data, seed, name, progress=False):
         write_aside(path, text)
     return json.loads(text)
 
-# %% ../nbs/20_compare.ipynb #65cfa996
-@contextlib.contextmanager
-def few_threads(data):
-    "One thread where images are tiny: two spend their time waiting for each other."
-    before = torch.get_num_threads()
-    try:
-        if tiny(data):
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def tiny(data):
-    "Digits: images so small that a step is over before a second thread has begun."
-    return data.train.x[0, 0].numel() <= 256
-
 # %% ../nbs/20_compare.ipynb #379ea684
 def compare(
     data: str | Path | Data = "digits",  # 'digits', 'cifar10', a folder, or what `load` returns
@@ -190,7 +207,7 @@ def compare(
     cfg: TrainCfg | dict | None = None,  # shared recipe; a dict: `preset` with these changes
     model: str | Callable | None = None,  # of `MODELS`, or (n_cls, in_ch, seed) -> module
     attacks: tuple = ("clean", "fgsm", "pgd-20"),  # weak to strong, see `attack_by_name`
-    start_from: str | Path | None = None,  # a checkpoint that every run begins with
+    start_from: str | Path | None = None,  # checkpoint to begin with; one a seed: 'base/at-{seed}'
     mend: tuple = (),  # methods that are judged a second time, mended on their validation part
     out: str | Path | None = None,  # folder of records, checkpoints, figure; None: keep nothing
     device: str = "auto",  # 'auto', 'cpu' or 'cuda'
@@ -214,11 +231,11 @@ def compare(
     plan = Plan(cfg, methods, model, tuple(attacks), device, out, start_from, tuple(mend))
     workers = processes_for(workers, plan, first, len(seeds) * len(methods))
     mapped = mapper(workers, gpus_per_run, device, progress, plan)
+    notes += check_starts(plan, first, part, seeds)
     record = new_record(first, seeds, plan, load_kw, notes)
     if out:
         open_folder(Path(out), record, resume)
-    of_seeds = ((first if seed == seeds[0] else part(seed), seed) for seed in seeds)
-    jobs = ((images, seed, name) for images, seed in of_seeds for name in methods)
+    jobs = ((images, seed, name) for images, seed in cuts(first, part, seeds) for name in methods)
     for done, run in enumerate(mapped(partial(one_run, plan, progress=progress), jobs), 1):
         record["runs"] += with_mended(run)
         if on_run:
@@ -287,12 +304,14 @@ def check_data(data, seeds, cfg, attacks):
 
 
 @torch.no_grad()
-def identity(plan, data, seed):
+def identity(plan, data, seeds):
     "What names do not tell: digests of images, class names and first weights, and some logits."
-    net = plan.network(data, seed).eval()
+    net = plan.network(data, seeds[0]).eval()
     said = net(data.train.floats(torch.arange(4)))
     weights = {k: v for k, v in net.state_dict().items() if not torch.nn.parameter.is_lazy(v)}
-    start = plan.start_from and digest(read_start(plan.start_from))
+    starts = dict.fromkeys(plan.start(seed) for seed in seeds) if plan.start_from else {}
+    starts = [digest(read_start(path)) for path in starts]
+    start = starts[0] if len(starts) == 1 else starts or None
     found = dict(images=data.digest(), classes=list(data.test.classes), network=digest(weights))
     return dict(found, start_from=start, logits=said.flatten().tolist())
 
@@ -309,10 +328,39 @@ def new_record(data, seeds, plan, load_kw, notes):
         notes.append(f"offsets are chosen on validation images, at least {few} of a class")
     config.update(attacks=list(plan.attacks), model=model, cfg=asdict(plan.cfg), load=load_kw)
     config.update(start_from=start)
-    found = dict(identity=identity(plan, data, seeds[0]), schema=SCHEMA, kind="comparison")
+    found = dict(identity=identity(plan, data, seeds), schema=SCHEMA, kind="comparison")
     found.update(config=json.loads(json.dumps(config)), classes=list(data.test.classes))
     found.update(data=data.describe(), provenance=provenance(plan.device), device=plan.device)
     return found | dict(notes=notes, runs=[])
+
+# %% ../nbs/20_compare.ipynb #1728c946
+def takes_start(f):
+    "Whether a function has an argument `start_from`, or takes any."
+    words = inspect.signature(f).parameters
+    return "start_from" in words or any(p.kind is p.VAR_KEYWORD for p in words.values())
+
+
+def cuts(first, part, seeds):
+    "The images of each seed, one after another."
+    return ((first if seed == seeds[0] else part(seed), seed) for seed in seeds)
+
+
+def check_starts(plan, first, part, seeds):
+    "Refuse first weights that have seen test images of a seed; what is not known of them, once."
+    found = []
+    if not plan.start_from:
+        tuned = [n for n, m in plan.methods.items() if isinstance(m, Method) and tunes(m)]
+        found = [f"{', '.join(tuned)}: {FRESH}"] if tuned else []
+    for name, m in plan.methods.items():
+        if plan.start_from and not (isinstance(m, Method) or takes_start(m)):
+            raise ValueError(f"start_from must be an argument of every method, {name} has none")
+    for images, seed in cuts(first, part, seeds) if plan.start_from else ():
+        path = plan.start(seed)
+        found.append(check_start(read_weights(path)[1], images, path))
+    notes = list(dict.fromkeys(filter(None, found)))
+    for note in notes:
+        warnings.warn(note, StartWarning, stacklevel=3)
+    return notes
 
 # %% ../nbs/20_compare.ipynb #8bf00194
 def open_folder(out, record, resume):

@@ -369,8 +369,15 @@ def tally(self: Run, z: Tensor, y: Tensor):
 
 
 @patch
-def risk(self: Run) -> Tensor:  # `(C,)`; nan for a class that was not seen
-    "Share of the samples tallied in this epoch that were wrong, by class"
+def risk(self: Run) -> Tensor:  # `(C,)`
+    "Share of the samples tallied in this epoch that were wrong, by class; stops where one had none"
+    unseen = (self.seen["n"] == 0).nonzero()
+    if len(unseen):
+        name = self.images.classes[unseen[0].item()]
+        raise FloatingPointError(
+            f"class {name!r} had no image in epoch {self.epoch}, so its risk is not known: "
+            "drop_last leaves out images, a small class needs them all"
+        )
     return self.seen["wrong"] / self.seen["n"]
 
 
@@ -611,6 +618,8 @@ class Averaged(Method):
 
     def check(self, run):
         self.inner.check(run)
+        if self.gate is not None:
+            check_validation(run, "a gate")
 
     def start(self, run):
         copies = {f"average.{k}": v.clone() for k, v in run.model.state_dict().items()}
@@ -632,7 +641,7 @@ class Averaged(Method):
 
     def end_epoch(self, run):
         self.inner.end_epoch(run)
-        if self.every == "epoch" and (self.gate is None or worst_val_risk(run) <= self.gate):
+        if self.every == "epoch" and (self.gate is None or run.val_risk().max() <= self.gate):
             move_average(run, self.decay)
 
     def result(self, run):
@@ -641,9 +650,13 @@ class Averaged(Method):
         return {k: run.state[f"average.{k}"] for k in run.model.state_dict()}
 
 # %% ../nbs/13_methods.ipynb #03a53475
-def worst_val_risk(run):
-    "Of the classes that have validation images."
-    return run.val_risk().nan_to_num().max()
+def check_validation(run, what):
+    "Refuse a class without validation images, where they decide."
+    counts = run.val.counts() if run.val is not None else [0] * run.n_cls
+    without = [name for name, n in zip(run.images.classes, counts) if not n]
+    if without:
+        got = f"none of {', '.join(without)}"
+        raise ValueError(f"{what} needs validation images of every class, got {got}")
 
 
 @torch.no_grad()

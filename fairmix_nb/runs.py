@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'WRAPPED', 'MOVED', 'CURES', 'ALL', 'HELD', 'bare', 'state_of', 'Damaged', 'tensors_in', 'verified',
            'read_checkpoint', 'split_cfg', 'checkpoints', 'load_checkpoint', 'restore', 'run_folder', 'curves_csv',
-           'Keeper', 'checkpoint_file', 'read_weights', 'read_start', 'load_model', 'as_trained']
+           'Keeper', 'checkpoint_file', 'read_weights', 'read_start', 'StartWarning', 'same_test', 'check_start',
+           'how_cut', 'load_model', 'as_trained']
 
 # %% ../nbs/15_runs.ipynb #bab8a49c
 import contextlib
@@ -322,18 +323,19 @@ class Keeper:
         data: Data,
         device: str,  # 'cpu' or 'cuda'
         how: dict,  # compile, precision, deterministic
-        start_from: str | None = None,  # digest of the weights that the run began with
+        start: dict | None = None,  # of the weights it began with: start_from, start_note
     ):
         self.out, self.cfg, self.method, self.saved = out and Path(out), cfg, method, 0
         origin = provenance(device)
         self.versions = {k: origin[k] for k in ("torch", "fairmix_nb", "cpu", "gpu", "threads")}
         fixed = dict(cfg=asdict(cfg), method=describe(method), data=data.digest(), how=how)
-        fixed.update(versions=self.versions, classes=data.train.classes, start_from=start_from)
-        fixed.update(shape=list(data.train.x.shape[1:]), split=data.split)
+        start = dict(start_from=None) | {k: v for k, v in (start or {}).items() if v}
+        fixed.update(versions=self.versions, classes=data.train.classes, **start)
+        about = data.describe()
+        fixed.update(shape=about["shape"], split=data.split, parts=about["digests"])
         self.fixed = dict(json.loads(json.dumps(fixed)), schema=CHECKPOINT)
-        self.origin = dict(data=data.describe(), provenance=origin, device=device, how=how)
-        if start_from is not None:
-            self.origin["start_from"] = start_from
+        self.origin = dict(data=about, provenance=origin, device=device, how=how)
+        self.origin.update({k: v for k, v in start.items() if v})
 
     def share(self, ranks: dict | None):
         "Add how many processes share the run, where it is more than one"
@@ -436,6 +438,59 @@ def read_start(
 ) -> dict:  # name -> tensor
     "The weights that `fit(start_from=)` begins with"
     return read_weights(path)[0]
+
+# %% ../nbs/15_runs.ipynb #9d9ad076
+class StartWarning(UserWarning):
+    "What is not known of the weights that a run begins with"
+
+
+def same_test(
+    then: dict,  # split of a checkpoint
+    now: dict,  # split of a run
+) -> bool:
+    "Whether two splits leave the same images for the test part, all of them or some."
+    same = all(then.get(k) == now.get(k) for k in ("rule", "fold", "shuffle"))
+    whole = all(then.get(k) == now.get(k) for k in ("size", "test_per_class"))
+    known = then.get("rule") in ("thirds", "official test")
+    return known and same and (not whole or then.get("test") == now.get("test"))
+
+
+def check_start(
+    found: dict,  # what a file says of its weights, see `read_weights`; {}: nothing
+    data: Data,  # of the run that begins with them
+    path: str | Path,  # the file, for the errors
+) -> str:  # what is not known of them; empty where nothing is open
+    "Refuse weights that may have been trained on a run's test images, or for other classes"
+    now, then = (list(v) for v in (data.test.classes, found.get("classes", data.test.classes)))
+    if then != now:
+        c = next(i for i in range(len(then) + 1) if then[i : i + 1] != now[i : i + 1])
+        wrong = f"class {c} must be {now[c : c + 1]}, got {then[c : c + 1]} in {path}"
+        raise ValueError(f"start_from must have the classes of {data.name} in their order: {wrong}")
+    if "data" not in found:
+        return "start_from does not say what it was trained on: test images may be among it"
+    then, now, parts = found.get("split") or {}, data.split, found.get("parts", {})
+    same = found["data"] == data.digest()
+    if not (same or parts.get("test") == data.test.digest() or same_test(then, now)):
+        raise ValueError(
+            f"start_from must not have been trained on test images of {data.name}, which is cut "
+            f"by {how_cut(now)} here, got {path}, cut by {how_cut(then)}: begin with a run of the "
+            "same cut; for several seeds, with one for each, {seed} in its path"
+        )
+    kept = then.get("per_class")  # the same images for every seed, and never for validation
+    alike = isinstance(kept, int) and kept == now.get("per_class")
+    if same or alike or parts.get("val") == data.val.digest():
+        return found.get("start_note", "")  # of what it began with itself
+    says = "start_from was trained with another validation part: what is chosen on validation"
+    return f"{says} images may rest on images it has learnt; the test images are new to it"
+
+
+def how_cut(
+    split: dict,  # of a checkpoint, or a run
+) -> str:
+    "How a split names itself."
+    if split.get("rule") == "thirds":
+        return f"seed {3 * split['shuffle'] + split['fold']}"
+    return repr(split.get("rule", "an unnamed rule"))
 
 # %% ../nbs/15_runs.ipynb #da38af08
 def load_model(

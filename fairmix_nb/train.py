@@ -21,14 +21,15 @@ from torch import nn
 
 # %% ../nbs/16_train.ipynb #6c7e544d
 from .attacks import Threat, one_of
-from .cures import CURES  # noqa: F401 - their names join `METHODS`
+from .cures import FRL, ConfSR
 from .data import Data, ImageSet, batches, spread_subset
-from .methods import Method, Run, TrainCfg, alignment, describe, described
+from .methods import Averaged, Method, Run, TrainCfg, alignment, describe, described
 from .methods import learning_rate, make_streams, method_of
 from .records import digest, pick_device, progress_bar
 from .models import check_logits, copied, dice, fold_batchnorm, layout_of
 from .report import attack_errors, outcome_of
-from .runs import Keeper, differences, load_checkpoint, read_start, restore, run_folder
+from .runs import Keeper, StartWarning, check_start, differences, load_checkpoint
+from .runs import read_weights, restore, run_folder
 
 # %% ../nbs/16_train.ipynb #21112c24
 def make_optimizer(model, cfg):
@@ -109,18 +110,33 @@ def new_run(model, data, cfg, ranks, device):
     return run, spread_subset(val, min(500, 50 * val.n_cls))
 
 
-def load_start(model, start_from, resume_from):
-    "Put the weights that a run begins with into `model`; their digest, for the record"
+FRESH = "the method is a fine-tuning of a robust network: without start_from it trains from scratch"
+
+
+def tunes(method):
+    "Published as a fine-tuning: it goes on from a robust network."
+    if isinstance(method, Averaged):
+        return tunes(method.inner)
+    return isinstance(method, (FRL, ConfSR)) or getattr(method, "adversary", "") == "kl"
+
+
+def load_start(model, data, method, start_from=None, resume_from=None, tell=True):
+    "Put the weights that a run begins with into `model`; for the record, their digest and a note"
     if resume_from:
-        return resume_from.get("start_from")
-    if start_from is None:
-        return None
-    state = read_start(start_from)
+        return {k: resume_from.get(k) for k in ("start_from", "start_note")}
+    weights, note = None, FRESH if tunes(method) else ""
+    if start_from is not None:
+        weights, found = read_weights(start_from)
+        note = check_start(found, data, start_from)
+    if note and tell:
+        warnings.warn(note, StartWarning, stacklevel=3)
+    if weights is None:
+        return {}
     try:
-        model.load_state_dict(state)
+        getattr(model, "_orig_mod", model).load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"start_from must fit the model: {e}") from None
-    return digest(state)
+    return dict(start_from=digest(weights), start_note=note)
 
 # %% ../nbs/16_train.ipynb #44f32c72
 def step_eagerly(whole):
@@ -273,6 +289,8 @@ def check_run(model, data, cfg, precision):
     if not isinstance(data, Data):
         raise ValueError(f"data must be what load() returns, got {type(data).__name__}")
     one_of("precision", precision, PRECISIONS)
+    if not (isinstance(data.val, ImageSet) and len(data.val)):
+        raise ValueError(f"data.val must hold images, on which a run is watched, got {data.val}")
     if cfg.batch > len(data.train):
         raise ValueError(
             f"batch must be at most the {len(data.train)} training images, got {cfg.batch}"
@@ -331,7 +349,7 @@ def fit(
     "Train `model`: natural or adversarial, eqs (1)-(4), mixed or not, (12), (13), or as you say"
     check_run(model, data, cfg, precision)
     method, device, out = method_of(method), pick_device(device), out if ranks.first else None
-    origin = load_start(getattr(model, "_orig_mod", model), start_from, resume_from)
+    origin = load_start(model, data, method, start_from, resume_from, ranks.first)
     how = dict(compile=compile, precision=precision, deterministic=deterministic)
     with run_folder(out, resume_from is not None), numerics(model, device, **how):
         run, val = new_run(model, data, cfg, ranks, device)

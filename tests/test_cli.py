@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,11 @@ from PIL import Image
 
 from fairmix_nb.cli import main
 from fairmix_nb.compare import compare, preset
+from fairmix_nb.data import load
 from fairmix_nb.methods import Pipeline, TrainCfg
+from fairmix_nb.records import digest
+from fairmix_nb.runs import StartWarning, read_checkpoint, read_start
+from fairmix_nb.train import fit
 
 QUICK = [
     "compare",
@@ -363,3 +368,81 @@ def test_audit_of_a_run_as_typed(tmp_path, capsys):
         (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
         refused(capsys, ["audit", tmp_path / bad], bad)
     assert not (tmp_path / "b").exists(), "nothing is left behind by what is refused"
+
+
+# a comparison that begins with weights
+
+FEW = dict(attacks=("clean",), test_per_class=9)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "The folds of digits, AT trained on each."
+    out = tmp_path_factory.mktemp("base") / "base"
+    compare("digits", ("at",), (0, 1, 2), cfg=dict(epochs=1), out=out, progress=False, **FEW)
+    return out
+
+
+def test_a_comparison_begins_with_the_checkpoint_of_each_seed(base, tmp_path, capsys):
+    "One start for all folds would have learnt test images of two of them."
+    learnt = {x.numpy().tobytes() for x in load("digits", 0, progress=False).train.x}
+    tested = [x.numpy().tobytes() for x in load("digits", 1, progress=False).test.x]
+    assert sum(x in learnt for x in tested) > 500
+    job = ["compare", "--methods", "faal", "--epochs", "1", "--procs", "1"]
+    job += ["--test-subset", "9", "--out", tmp_path / "run"]
+    refused(capsys, [*job, "--start-from", base / "at-0"], "one for each, {seed} in its path")
+    assert not (tmp_path / "run").exists()
+    refused(capsys, [*job, "--start-from", base / "at-{seed}", "--seeds", "3"], "does not exist")
+    argv = ["train", "--model", "small_cnn", "--seed", "1", "--start-from", base / "at-0"]
+    refused(capsys, [*argv, "--eps", "0.1", "--out", tmp_path / "t"], "cut by seed 1 here")
+    job = [str(a) for a in (*job, "--start-from", base / "at-{seed}")]
+    assert main(job) == 0 and main([*job, "--resume"]) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    starts = [digest(read_start(base / f"at-{seed}")) for seed in (0, 1, 2)]
+    assert record["identity"]["start_from"] == starts and len(set(starts)) == 3
+    for seed, start in enumerate(starts):
+        assert read_checkpoint(tmp_path / "run" / f"faal-{seed}" / "last.pt")["start_from"] == start
+
+
+def test_one_seed_begins_with_one_checkpoint(base):
+    kw = dict(cfg=dict(epochs=1), start_from=base / "at-1", progress=False, **FEW)
+    record = compare("digits", ("at",), (1,), **kw).record
+    assert record["identity"]["start_from"] == digest(read_start(base / "at-1"))
+    for seeds in [(0,), (1, 2), (0, 1, 2)]:
+        with pytest.raises(ValueError, match="cut by seed 1: begin with a run of the same cut"):
+            compare("digits", ("at",), seeds, **kw)
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_what_is_not_known_of_a_start_is_told_once_and_noted(base, tmp_path, workers, capfd):
+    torch.save(read_start(base / "at-0"), tmp_path / "theirs.pt")
+    kw = dict(cfg=dict(epochs=1), progress=False, workers=workers, **FEW)
+    for methods, start, says in [
+        (("at", "natural"), tmp_path / "theirs.pt", "start_from does not say what it was trained"),
+        (("at", "frl", "faal"), None, "frl, faal: the method is a fine-tuning of a robust"),
+    ][: 1 if workers else 2]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = compare("digits", methods, (0, 1), start_from=start, **kw)
+        said = [str(w.message) for w in told if w.category is StartWarning]
+        assert len(said) == 1 and said[0].startswith(says)
+        assert said[0] in found.record["notes"] and said[0] in str(found)
+    assert "StartWarning" not in capfd.readouterr().err
+
+
+def test_a_function_gets_the_start_or_says_that_it_cannot(base):
+    got = []
+
+    def mine(model, data, cfg, *, start_from=None, **kw):
+        got.append(start_from)
+        return fit(model, data, cfg, "natural", start_from=start_from, **kw)
+
+    def deaf(model, data, cfg, out, device, progress, watched):
+        raise AssertionError("called")
+
+    kw = dict(cfg=dict(epochs=1), progress=False, **FEW)
+    compare("digits", (mine,), (0, 1), start_from=base / "at-{seed}", **kw)
+    compare("digits", (mine,), (0,), **kw)
+    assert got == [base / "at-0", base / "at-1", None]
+    with pytest.raises(ValueError, match="must be an argument of every method, deaf has none"):
+        compare("digits", ("at", deaf), (0,), start_from=base / "at-0", **kw)

@@ -41,7 +41,7 @@ ATTACKS = ("fgsm", "pgd", "nfgsm")
 @pytest.fixture(scope="module")
 def digits():
     whole = D.load("digits", seed=0, per_class=16, progress=False)
-    return replace(whole, val=whole.val.subset(torch.arange(20)))
+    return replace(whole, val=D.spread_subset(whole.val, 20))
 
 
 def network(seed=0):
@@ -310,7 +310,7 @@ def test_trades_attacks_the_divergence(digits, attack):
 
 def test_the_average_moves_only_where_the_gate_is_open(digits, monkeypatch):
     method, cfg = Averaged(Pipeline(), 0.75, "epoch", gate=0.5), replace(CFG, epochs=6)
-    worst, path = [0.9, 0.4, 0.6, 0.5, float("nan"), 0.1], []
+    worst, path = [0.9, 0.4, 0.6, 0.5, 0.2, 0.1], []
     risks = iter(worst)
     monkeypatch.setattr(Run, "val_risk", lambda self: torch.tensor([0.0, next(risks)]))
 
@@ -319,7 +319,7 @@ def test_the_average_moves_only_where_the_gate_is_open(digits, monkeypatch):
             path.append({k: v.clone() for k, v in run.model.state_dict().items()})
 
     done = fit(digits, replace(method, inner=Watched()), cfg)
-    kept = [w for r, w in zip(worst, path) if not r > 0.5]  # nan: the class has no image
+    kept = [w for r, w in zip(worst, path) if r <= 0.5]
     assert len(kept) == 4
     for name, value in done.model.state_dict().items():
         if value.is_floating_point():  # four kept: still the plain mean
@@ -340,6 +340,29 @@ def test_the_average_is_what_is_watched_and_training_does_not_feel_it(digits):
 def test_a_gate_that_never_opens_leaves_the_network(digits):
     shut = Averaged(decay=0.5, every="epoch", gate=0.0)
     assert same_bits(fit(digits, shut).model, fit(digits, "at").model)
+
+
+@pytest.mark.parametrize("name", ["fawa", "cfa", "cfa_trades", "fairtat"])
+def test_a_gate_wants_validation_images_of_every_class(digits, name, tmp_path):
+    few = replace(digits, val=digits.val.subset((digits.val.y != 3) & (digits.val.y != 8)))
+    with pytest.raises(
+        ValueError, match="needs validation images of every class, got none of 3, 8"
+    ):
+        fit(few, name, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*"))
+    fit(few, Averaged(METHODS[name].inner, 0.85, "epoch"), replace(CFG, epochs=1))  # without one
+
+
+@pytest.mark.parametrize("name", ["ccm", "trix", "fairtat", "skg"])
+def test_a_class_that_an_epoch_leaves_out_is_named(digits, name):
+    y = digits.train.y
+    one = (y != 7) | (torch.arange(len(y)) == (y == 7).nonzero()[0, 0])
+    rare = replace(digits, train=digits.train.subset(one))
+    cfg = replace(CFG, epochs=20, batch=100, drop_last=True)  # 45 of 145 images are left out
+    says = r"class '7' had no image in epoch \d+, so its risk is not known.*stopped in epoch"
+    with pytest.raises(FloatingPointError, match=says):
+        fit(rare, name, cfg)
+    fit(rare, name, replace(cfg, epochs=1, drop_last=False))
 
 
 def test_an_average_passes_every_verb_on(digits):

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -260,6 +261,7 @@ class ClassRadius(Method):
     ids=("radius", "ema", "gated", "adjusted"),
 )
 def test_a_method_with_a_memory_is_resumed(digits, tmp_path, method):
+    digits = replace(digits, val=D.spread_subset(digits.train, 20))  # every class, for the gate
     whole = fit(digits, method=method)
     with pytest.raises(KeyboardInterrupt):
         fit(digits, method=method, out=tmp_path, on_epoch=stop_after(2))
@@ -347,6 +349,104 @@ def test_start_from_is_the_weights_and_nothing_else(digits, stopped):
     assert started.curves[0]["epoch"] == 1
     with pytest.raises(ValueError, match="start_from must fit the model"):
         T.fit(build("small_cnn", 10, 1), digits, CFG, start_from=stopped, progress=False)
+
+
+# what the weights that a run begins with have seen
+
+
+def bytes_of(images):
+    return [x.numpy().tobytes() for x in images.x]
+
+
+def shared(images, test):
+    "Images of the second part that are in the first, by their bytes."
+    learnt = set(bytes_of(images))
+    return sum(x in learnt for x in bytes_of(test))
+
+
+def cut_by(seed, **kw):
+    return D.load("digits", seed=seed, progress=False, **kw)
+
+
+@pytest.fixture(scope="module")
+def of_fold_0(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "at-0"
+    fit(cut_by(0), replace(CFG, epochs=1), Pipeline(), out=folder)
+    return folder
+
+
+def begun(data, start, **kw):
+    return fit(data, replace(CFG, epochs=1), Pipeline(), start_from=start, **kw)
+
+
+@pytest.mark.parametrize("how", [{}, dict(per_class=16), dict(test_per_class=9)], ids=str)
+def test_a_start_that_has_learnt_test_images_is_refused(of_fold_0, tmp_path, how):
+    other, own = cut_by(1, **how), cut_by(0, **how)
+    assert shared(cut_by(0).train, other.test) > 0.8 * len(other.test)
+    with pytest.raises(ValueError, match="cut by seed 1 here, got .*cut by seed 0: begin with"):
+        begun(other, of_fold_0, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert shared(cut_by(0).train, own.test) == 0
+    begun(own, of_fold_0)
+    before = {k: v for k, v in R.read_weights(of_fold_0)[1].items() if k != "parts"}
+    assert "another cut" not in R.check_start(before, own, "old.pt")  # of a version without them
+    with pytest.raises(ValueError, match="cut by seed 1 here"):
+        R.check_start(before, other, "old.pt")
+
+
+def test_a_start_of_other_images_with_the_same_classes_is_refused(of_fold_0):
+    digits = cut_by(0)
+    fixed = D.make_data(digits.train, "fixed", test=digits.test)
+    found = R.read_weights(of_fold_0)[1]
+    assert R.check_start(found, fixed, of_fold_0).endswith("the test images are new to it")
+    fewer = D.make_data(digits.train, "fewer")
+    for data, says in [(fewer, "seed 0 here"), (replace(fixed, test=digits.val), "'official")]:
+        with pytest.raises(ValueError, match=f"cut by {says}"):
+            R.check_start(found, data, of_fold_0)
+
+
+def test_with_a_fixed_test_part_another_seed_is_told_of_the_validation_images(tmp_path):
+    digits = cut_by(0)
+
+    def fixed(seed, **kw):
+        return D.make_data(digits.train, "fixed", seed, test=digits.test, **kw)
+
+    for name, kw, seen in [("all", {}, True), ("few", dict(per_class=16), False)]:
+        fit(fixed(0, **kw), replace(CFG, epochs=1), Pipeline(), out=tmp_path / name)
+        data = fixed(1, **kw)
+        assert shared(fixed(0, **kw).train, data.test) == 0
+        assert (shared(fixed(0, **kw).train, data.val) > 0) == seen
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            record = begun(data, tmp_path / name).record
+        said = [str(w.message) for w in told if w.category is R.StartWarning]
+        assert len(said) == seen and ("start_note" in record) == seen
+        assert all("another validation part" in text for text in said)
+
+
+def test_a_strangers_start_is_told_and_so_is_what_goes_on_from_it(of_fold_0, tmp_path):
+    torch.save(R.read_start(of_fold_0), tmp_path / "theirs.pt")
+    data, says = cut_by(1), "does not say what it was trained on"
+    with pytest.warns(R.StartWarning, match=says) as told:
+        tuned = begun(data, tmp_path / "theirs.pt", out=tmp_path / "tuned")
+    assert sum(w.category is R.StartWarning for w in told) == 1
+    assert says in tuned.record["start_note"]
+    with pytest.warns(R.StartWarning, match=says):
+        begun(data, tmp_path / "tuned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", R.StartWarning)
+        again = resume(tmp_path / "tuned", data)  # told when it began
+    assert again.record["start_note"] == tuned.record["start_note"]
+
+
+@pytest.mark.parametrize("names", ["zyxwvutsrq", "0124356789", "012345678", "0123456789a"])
+def test_a_start_with_other_classes_is_refused(of_fold_0, names):
+    found = R.read_weights(of_fold_0)[1]
+    digits = cut_by(0)
+    kept = digits.test.subset(digits.test.y < len(names))
+    other = replace(digits, test=replace(kept, classes=tuple(names)))
+    with pytest.raises(ValueError, match="must have the classes of digits in their order: class "):
+        R.check_start(found, other, of_fold_0)
 
 
 # disks, folders, interrupts

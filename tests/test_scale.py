@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
+from fairmix_nb.cures import CURES
 from fairmix_nb.data import load
-from fairmix_nb.methods import Pipeline, TrainCfg, Weighted
+from fairmix_nb.methods import Pipeline, Run, TrainCfg, Weighted
 from fairmix_nb.models import build
-from fairmix_nb.ranks import fit_ranks, launch, process_group
+from fairmix_nb.ranks import by_slice, fit_ranks, launch, process_group
 from fairmix_nb.train import fit
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +118,10 @@ def many_runs(folder):
             with pytest.raises(ValueError) as e:
                 fit_ranks(with_bn(), digits(), cfg, BOTH, **kw, **quiet)
             refused[name] = str(e.value)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit_ranks(build("small_cnn", 10, 1, 0), digits(99), STEP, "codat", **quiet)
+        refused["slices"] = [str(w.message) for w in told if "slices" in str(w.message)]
     return found, refused
 
 
@@ -170,6 +176,33 @@ def test_what_several_processes_cannot_do_is_refused(two):
         assert "sync_bn must be False" in refused["sync_bn"]
         assert "compile must be False" in refused["compile"]
         assert "must be resumed with 2 processes" in refused["resumed"]
+    first, second = (refused["slices"] for _, refused in two[0])
+    assert "over each of 2 slices of it" in first[0] and len(first) == 1 and not second
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_a_loss_that_needs_the_whole_batch_is_told(monkeypatch, name):
+    "Gradients of a batch and of its halves, with the same noise: equal where no warning is given."
+    for draw, value in dict(rand=0.5, randn=0.0).items():
+        monkeypatch.setattr(torch, draw, lambda *n, value=value, **kw: torch.full(*n, value))
+    images = digits(48).train
+    net = build("small_cnn", 10, 1, 0)
+    method, run = CURES[name], Run(net.eval(), STEP, images, images, epoch=2)
+    run.state = method.start(run)
+    for key, value in run.state.items():
+        if value.shape == (10,):
+            run.state[key] = value + torch.linspace(0.1, 0.5, 10)
+
+    def gradient(idx):
+        run.last = {}
+        net.zero_grad()
+        method.step(run, *run.batch(idx)).mean().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    whole, halves = torch.arange(48), torch.arange(48).split(24)
+    one, two = gradient(whole), sum(map(gradient, halves)) / 2
+    far = ((one - two).norm() / one.norm()).item()
+    assert far > 1e-4 if by_slice(method) else far < 1e-5, far
 
 
 def dies_in_the_middle(out, **kw):

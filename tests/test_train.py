@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fairmix_nb import train as T
 from fairmix_nb.methods import (
     CHOICES,
     FAST,
+    METHODS,
     PIPELINES,
     TRAIN_ATTACKS,
     Averaged,
@@ -31,6 +33,7 @@ from fairmix_nb.methods import (
     make_streams,
 )
 from fairmix_nb.models import build, fold_batchnorm
+from fairmix_nb.runs import StartWarning
 
 HERE = Path(__file__).resolve().parent
 CFG = TrainCfg(eps=0.1, epochs=4, batch=64, lr=3e-3, smoothing=0.1)
@@ -358,6 +361,27 @@ def test_divergence_stops_with_step_and_checkpoint(digits, tmp_path, monkeypatch
         fit(digits, out=tmp_path)
     monkeypatch.undo()
     assert same_bits(fit(digits), resume(tmp_path, digits))
+
+
+def test_no_validation_part_is_said_at_once(digits, tmp_path):
+    nothing = digits.val.subset(torch.arange(0))
+    for val, got in [(nothing, "ImageSet.0 images"), (None, "None")]:
+        for method in ("natural", "at", "frl", "fawa"):
+            with pytest.raises(ValueError, match=f"data.val must hold images.*got {got}"):
+                fit(replace(digits, val=val), method=method, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuning_without_a_start_is_told_once(digits):
+    for method in (METHODS["frl"], METHODS["confsr"], Averaged(METHODS["faal"])):
+        with pytest.warns(StartWarning, match="without start_from it trains from scratch") as told:
+            T.load_start(network(), digits, method)
+        assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in set(METHODS) - {"frl", "faal", "confsr"}:
+            assert T.load_start(network(), digits, METHODS[name]) == {}
+        T.load_start(network(), digits, METHODS["frl"], resume_from=dict(start_from=None))
 
 
 # with a GPU
