@@ -126,7 +126,7 @@ def sample(record, control, eps):
     return stats.CensoredData.right_censored(epochs, stands)
 
 
-def survival(record, eps, against=("FGSM", "lambda delta, no partner")):
+def survival(record, eps, against=("FGSM",)):
     "Rows of a table: collapses, their epochs, log-rank p-values."
     rows = [["control", "collapsed", "epochs", "median", *(f"p, {a}" for a in against)]]
     for control in dict.fromkeys(r["control"] for r in record["runs"] if r["eps"] == eps):
