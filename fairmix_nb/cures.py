@@ -437,7 +437,7 @@ class TRIX(Cure):
         remember(run, radius=self.base + 1 - risk, weight=1 + excess)
 
 # %% ../nbs/14_cures.ipynb #c041x547378
-def confused(run, shrink, beta=6.0):
+def confused(run, shrink, beta):
     "Attacked training images of class y that are called k, M[k, y], zero where k = y"
     m = torch.zeros(run.n_cls, run.n_cls, device=run.images.y.device)
     for y, _, z in in_evaluation(run, run.images, beta):
@@ -450,8 +450,8 @@ def confused(run, shrink, beta=6.0):
 def spectral_gradient(m):
     "Of the largest singular value, stretched to [.01, 2.01]; ones where it is flat or m is zero"
     u, s, v = torch.linalg.svd(m)
-    top = (s >= (1 - 1e-5) * s[0]).to(m.dtype)  # several may be largest: their mean
-    g = ((u * top / top.sum()) @ v).abs()
+    top = (s >= (1 - 1e-5) * s[0]).to(m.dtype)  # several may be largest: their sum, then
+    g = ((u * top) @ v).abs()
     spread = g.amax() - g.amin()
     steep = (spread > 1e-5 * g.amax()) & (s[0] > 0)
     return torch.where(steep, 2 * (g - g.amin()) / spread.clamp_min(1e-12) + 0.01, 1.0)
