@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attacks import cross_entropy, one_of, pgd
 from .methods import METHODS, Averaged, LogitAdjusted, Method, Pipeline
-from .methods import at_least_zero, bn_mode, divergence, frozen
+from .methods import bn_mode, divergence, frozen
 
 # %% ../nbs/14_cures.ipynb #c008x145909
 def both(run, x, y, beta=None, eps=None):
@@ -37,18 +37,36 @@ def class_means(value, y, n_cls):
     return total / n.clamp_min(1), n
 
 # %% ../nbs/14_cures.ipynb #c010x387386
+def check_number(name, value):
+    "Refuse a hyper-parameter that is no number, or out of its range"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if name in ("base", "base_beta", "share", "shrink") and not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    if name == "warmup" and not 0 <= value < 1:
+        raise ValueError(f"warmup must lie in [0, 1), got {value}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must lie in [0, inf), got {value}")
+
+# %% ../nbs/14_cures.ipynb #486d8dd5
 @dataclass(frozen=True)
 class Cure(Method):
     "What the cures share: a natural loss or none, a warm-up, and a memory that must stay positive"
 
     validates: ClassVar[bool] = False  # looks at the validation images of every class
     radii: ClassVar[bool] = False  # gives every class a radius
+    only_at: ClassVar[bool] = False  # has no form with TRADES's divergence
 
     beta: float | None = None  # weight of TRADES's divergence; None: AT, the attacked image alone
 
     def __post_init__(self):
-        one = [f.name for f in fields(self) if isinstance(getattr(self, f.name), (int, float))]
-        at_least_zero(self, *one)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is not str and (value is not None or f.type is float):
+                check_number(f.name, value)
+        if self.only_at and self.beta is not None:
+            says = f"{type(self).__name__} has no form with TRADES's divergence"
+            raise ValueError(f"{says}: beta must be None, got {self.beta}")
 
     def check(self, run):
         if self.radii and isinstance(run.cfg.eps, tuple):
@@ -65,7 +83,7 @@ class Cure(Method):
         "The radius of each image `(n,)`: that of its class"
         return run.cfg.eps * run.state["radius"][y]
 
-
+# %% ../nbs/14_cures.ipynb #81853780
 def remember(run, **memory):
     "Keep what an epoch has taught, if every class's value is positive and finite"
     for name, value in memory.items():
@@ -90,9 +108,9 @@ class CFA(Cure):
 
     radii: ClassVar[bool] = True
 
-    base: float = 0.5  # radius of a class that is always wrong, as a share of eps; .3 with TRADES
-    base_beta: float = 0.5  # the same of its beta
-    warmup: float = 0.05  # share of the epochs with equal radii
+    base: float = 0.5  # radius of a class that is always wrong, share of eps, [0, 1]; TRADES: .3
+    base_beta: float = 0.5  # the same of its beta, in [0, 1]
+    warmup: float = 0.05  # share of the epochs with equal radii, in [0, 1)
 
     def start(self, run):
         return dict(radius=run.ones(), calibration=run.ones())
@@ -127,7 +145,14 @@ class DAFA(Cure):
 
     beta: float | None = 6.0  # weight of TRADES's divergence; None: AT
     scale: float = 1.0  # of the shifts; their lambda
-    warmup: float = 70 / 110  # share of the epochs before the weights are set
+    warmup: float = 70 / 110  # share of the epochs before the weights are set, in [0, 1)
+
+    def check(self, run):
+        super().check(run)
+        epochs, last = run.cfg.epochs, share_of(run.cfg.epochs, self.warmup)
+        if last >= epochs:
+            says = f"DAFA sets its weights after epoch {last} (warmup {self.warmup:.3g})"
+            raise ValueError(f"{says}: epochs must be more, got {epochs}")
 
     def start(self, run):
         return dict(weight=run.ones(), radius=run.ones())
@@ -143,6 +168,12 @@ class DAFA(Cure):
             p = run.seen["taken"]
             w = moved_weights(p / p.sum(1, keepdim=True), self.scale)
             remember(run, weight=w, radius=w)
+
+# %% ../nbs/14_cures.ipynb #94c15d0b
+def scaled_back(multipliers):
+    "Their positive parts `(C,)`, shrunk where the sum exceeds one half: no weight below 1/(2C)"
+    positive = multipliers.relu()
+    return positive * (0.5 / positive.sum().clamp_min(0.5))
 
 # %% ../nbs/14_cures.ipynb #c019x230000
 @dataclass(frozen=True)
@@ -167,12 +198,9 @@ class FRL(Cure):
         natural, robust = run.val_risk("clean"), run.val_risk("pgd-20")
         excess = [r - r.mean() - self.slack for r in (natural, robust - natural)]
         s, rate = run.state, self.rate
-        n, b = (
-            (s["natural"] + rate * excess[0]).relu(),
-            (s["boundary"] + 2 * rate * excess[1]).relu(),
-        )
-        fit = (0.5 / (n.sum() + b.sum()).clamp_min(0.5)).clamp_max(1)
-        n, b, m = n * fit, b * fit, s["margin"] + self.margin_rate * excess[1]
+        n = scaled_back(s["natural"] + rate * excess[0])
+        b = scaled_back(s["boundary"] + 2 * rate * excess[1])
+        m = s["margin"] + self.margin_rate * excess[1]
         run.state.update(natural=n, boundary=b, margin=m)
         one = 1 / run.n_cls
         radius = (2 * m).exp().clamp(0.98, 3)
@@ -217,15 +245,17 @@ def by_std(run, c, y, z, each):
     mean, n = class_means(each, y, run.n_cls)
     k = (n > 0).sum()
     over = (mean - mean.sum() / k) * (n > 0)
-    std = (over.square().sum() / k).sqrt().clamp_min(1e-12)
-    return len(y) * ((1 + c * over / std) / (k * n.clamp_min(1)))[y]
+    std = (over.square().sum() / k).sqrt()
+    over = torch.where(std > 1e-4 * mean.abs().amax(), over, 0.0)  # less is rounding
+    return len(y) * ((1 + c * over / std.clamp_min(1e-12)) / (k * n.clamp_min(1)))[y]
 
 
 def by_variance(run, a, y, z, each):
     "Ma et al.: a variance over the class means beside the mean loss"
     mean, n = class_means(each, y, run.n_cls)
     k = (n > 0).sum()
-    return 1 + (2 * a * len(y) * (mean - mean.sum() / k) / (k * n.clamp_min(1)))[y]
+    over = mean - mean.sum() / k
+    return (1 + 2 * a * len(y) * over / (k * n.clamp_min(1))).clamp_min(0)[y]
 
 
 def by_hedge(run, eta, y, z, each):
@@ -354,8 +384,9 @@ class FairTAT(Cure):
     "Attacks towards the classes that are wrongly answered most often - Medi et al. 2025"
 
     radii: ClassVar[bool] = True
+    only_at: ClassVar[bool] = True
 
-    base: float = 0.5  # radius of a class that is always wrong, as a share of eps
+    base: float = 0.5  # radius of a class that is always wrong, as a share of eps, in [0, 1]
     liking: float = 2.0  # odds of a target: exp(liking x its share of the wrong answers)
 
     def start(self, run):
@@ -379,8 +410,9 @@ class TRIX(Cure):
     "Strong classes meet an attack with a target, weak ones one without - Medi et al. 2025"
 
     radii: ClassVar[bool] = True
+    only_at: ClassVar[bool] = True
 
-    base: float = 0.5  # radius of a class that is always wrong, as a share of eps
+    base: float = 0.5  # radius of a class that is always wrong, as a share of eps, in [0, 1]
 
     def start(self, run):
         return dict(radius=run.ones(), weight=run.ones(), strong=0 * run.ones())
@@ -401,11 +433,11 @@ class TRIX(Cure):
     def end_epoch(self, run):
         risk = run.risk()
         excess = risk - risk.mean()
-        run.state["strong"] = (excess < 0).float()
+        run.state["strong"] = (excess < -1e-6).float()  # equal classes are weak, all of them
         remember(run, radius=self.base + 1 - risk, weight=1 + excess)
 
 # %% ../nbs/14_cures.ipynb #c041x547378
-def confused(run, shrink, beta=6.0):
+def confused(run, shrink, beta):
     "Attacked training images of class y that are called k, M[k, y], zero where k = y"
     m = torch.zeros(run.n_cls, run.n_cls, device=run.images.y.device)
     for y, _, z in in_evaluation(run, run.images, beta):
@@ -416,13 +448,13 @@ def confused(run, shrink, beta=6.0):
 
 
 def spectral_gradient(m):
-    "Of the largest singular value, sign fixed, stretched to [.01, 2.01]; ones where it is flat"
-    u, _, v = torch.linalg.svd(m)
-    g = u[:, :1].abs() * v[:1].abs()
+    "Of the largest singular value, stretched to [.01, 2.01]; ones where it is flat or m is zero"
+    u, s, v = torch.linalg.svd(m)
+    top = (s >= (1 - 1e-5) * s[0]).to(m.dtype)  # several may be largest: their sum, then
+    g = ((u * top) @ v).abs()
     spread = g.amax() - g.amin()
-    return torch.where(
-        spread > 1e-5 * g.amax(), 2 * (g - g.amin()) / spread.clamp_min(1e-12) + 0.01, 1.0
-    )
+    steep = (spread > 1e-5 * g.amax()) & (s[0] > 0)
+    return torch.where(steep, 2 * (g - g.amin()) / spread.clamp_min(1e-12) + 0.01, 1.0)
 
 # %% ../nbs/14_cures.ipynb #c043x638961
 @dataclass(frozen=True)
@@ -430,8 +462,8 @@ class ConfSR(Cure):
     "Mistakes weighed by how much they add to the confusion matrix's norm - Jin et al. 2025"
 
     beta: float | None = 6.0  # weight of TRADES's divergence
-    share: float = 0.3  # of the weighed loss of attacked images; the clean ones have the rest
-    shrink: float = 0.9  # factor of the right logit before the mistakes are counted
+    share: float = 0.3  # of the weighed loss of attacked images, in [0, 1]; clean ones: the rest
+    shrink: float = 0.9  # factor of the right logit before mistakes are counted, in [0, 1]
 
     def check(self, run):
         if len(run.images) != sum(run.counts):
@@ -481,7 +513,7 @@ def either_side(run, x, y):
 class BAT(Cure):
     "The last right and the first wrong point of an attack, and doubt at both - Sun et al. 2023"
 
-    beta: float | None = 6.0  # weight of the divergence between the two points
+    beta: float = 6.0  # weight of the divergence between the two points
     doubt: float = 1.0  # weight of the divergence from equal probabilities
 
     def check(self, run):
@@ -497,6 +529,8 @@ class BAT(Cure):
 @dataclass(frozen=True)
 class SKG(Cure):
     "One step from the last batch's; labels relaxed by class accuracy - Jiang et al. 2024"
+
+    only_at: ClassVar[bool] = True
 
     pull: float = 1.0  # weight of the squared difference of clean and attacked logits
 
@@ -523,14 +557,15 @@ class SKG(Cure):
         return loss + self.pull * own[:, 0] * (z - attacked).square().mean(1) * len(y) / n
 
     def end_epoch(self, run):
-        remember(run, relaxed=relaxed(1 - run.risk()))
+        remember(run, relaxed=relaxed(1 - run.risk(), run.n_cls))
 
 
 def relaxed(
     accuracy: Tensor,  # `(C,)`, clean, in [0, 1]
+    n_cls: int,  # classes, >= 2
 ) -> Tensor:  # `(C,)`
-    "The label's share: the log of the accuracy, its sign dropped, between .3 and .9"
-    return accuracy.log().abs().clamp(0.3, 0.9)
+    "The label's share: the log of the accuracy, its sign dropped, between .3 (C >= 4) and .9"
+    return accuracy.log().abs().clamp(max(0.3, 1.2 / n_cls), 0.9)
 
 # %% ../nbs/14_cures.ipynb #c055x635181
 @dataclass(frozen=True)

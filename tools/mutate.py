@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import book  # noqa: E402
 
-MODULES = ["gaussian", "mixup", "theory", "tempering", "synthetic", "attacks", "risk"]
+MODULES = ["gaussian", "mixup", "theory", "tempering", "synthetic", "attacks", "risk", "cures"]
 BINARY = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
