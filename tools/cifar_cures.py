@@ -181,12 +181,12 @@ def main(words=None):
     p.add_argument("--val", type=int, default=1000, help="held-out images that offsets see")
     p.add_argument("--test", type=int, default=2000)
     p.add_argument("--autoattack", type=int, default=0, help="test images")
-    p.add_argument("--rehearse", action="store_true", help="few images, one epoch, one seed")
+    p.add_argument("--rehearse", action="store_true", help="few images, one seed")
     args = p.parse_args(words)
     args.held_out, args.per_class = HELD_OUT, None
     if args.rehearse:
         args.held_out, args.per_class, args.val, args.test = 10, 40, 50, 50
-        args.seeds, args.epochs, args.tuning, args.steps, args.again = [0], 1, 1, 2, True
+        args.seeds, args.epochs, args.tuning, args.steps, args.again = [0], 1, 2, 2, True
         args.autoattack, args.networks = min(args.autoattack, 20), args.runs
     torch.set_num_threads(1)
     record = frame(args)

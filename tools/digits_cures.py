@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The published cures on the digits, at one budget, each before and after mending.
+"""The published cures on the digits, on one schedule, each before and after mending.
 
     python tools/digits_cures.py                  # goes on with nbs/results/digits_cures.json
-    python tools/digits_cures.py --out /tmp/x.json --seeds 1 --folds 1 --epochs 1   # a rehearsal
+    python tools/digits_cures.py --out /tmp/x.json --seeds 1 --folds 1 --epochs 6   # a rehearsal
 
 For each of `--seeds` shuffles and 3 folds: every method from the same first weights, and the
 methods meant for fine-tuning, beside AT itself, from the AT network, for a third of the epochs at
