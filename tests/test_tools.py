@@ -77,6 +77,8 @@ def test_structure_masks_numbers_only(tmp_path):
     text = path.read_text()
     path.write_text(text.replace("print('risk 0.31')", "print('risk 0.45')"))
     assert run("--check", path).returncode == 0
+    path.write_text(text.replace("print('risk 0.31')", "print('risk   0.5')"))  # as a table has it
+    assert run("--check", path).returncode == 0
     path.write_text(text.replace("print('risk 0.31')", "print('gain 0.31')"))
     assert run("--check", path).returncode == 1
 
