@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attacks import cross_entropy, one_of, pgd
 from .methods import METHODS, Averaged, LogitAdjusted, Method, Pipeline
-from .methods import bn_mode, divergence, frozen
+from .methods import bn_mode, check_validation, divergence, frozen
 
 # %% ../nbs/14_cures.ipynb #c008x145909
 def both(run, x, y, beta=None, eps=None):
@@ -71,13 +71,8 @@ class Cure(Method):
     def check(self, run):
         if self.radii and isinstance(run.cfg.eps, tuple):
             raise ValueError(f"a radius for each class needs one number eps, got {run.cfg.eps}")
-        counts = run.val.counts() if self.validates and run.val is not None else []
-        if self.validates and not (counts and all(counts)):
-            without = [run.images.classes[c] for c, n in enumerate(counts) if not n]
-            got = f"none of {', '.join(without)}" if counts else "no validation part"
-            raise ValueError(
-                f"{type(self).__name__} needs validation images of every class, got {got}"
-            )
+        if self.validates:
+            check_validation(run, type(self).__name__)
 
     def radius(self, run, y):
         "The radius of each image `(n,)`: that of its class"

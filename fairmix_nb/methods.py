@@ -652,10 +652,10 @@ class Averaged(Method):
 # %% ../nbs/13_methods.ipynb #03a53475
 def check_validation(run, what):
     "Refuse a class without validation images, where they decide."
-    counts = run.val.counts() if run.val is not None else [0] * run.n_cls
+    counts = run.val.counts() if run.val is not None else []
     without = [name for name, n in zip(run.images.classes, counts) if not n]
-    if without:
-        got = f"none of {', '.join(without)}"
+    if without or not counts:
+        got = f"none of {', '.join(without)}" if counts else "no validation part"
         raise ValueError(f"{what} needs validation images of every class, got {got}")
 
 

@@ -6,8 +6,7 @@
 
 Base: ResNet-20, N-FGSM at 8/255, crop and flip, SGD with a cyclic schedule, 15 epochs; 300 training
 images a class are held out for every choice. From each base the methods and AT itself, the control,
-train two epochs more at the rates of FAAL (.01, .001); with `--again` the base learns for as many
-epochs as before, a second cycle. Judged on `--test` test images: clean and by
+train two epochs more at the rates of FAAL (.01, .001). Judged on `--test` test images: clean and by
 margins (Auto-PGD towards every wrong class), without and with offsets chosen on the held-out
 images; AutoAttack on `--autoattack` of them where asked for. A seed is finished before
 the next begins, and several processes may share a record, each with its `--seeds`. nbs/networks
@@ -118,7 +117,7 @@ def of_seed(args, seed, done):
     data, (base, cfg) = data_of(args, seed), recipes(args.epochs, args.tuning, seed)
     first, start = base_of(args, data, base)
     plan = [("at", base), *[(f"{name}, tuned", cfg) for name in args.methods]]
-    for key, recipe in [*plan, ("at, again", base)] if args.again else plan:
+    for key, recipe in plan:
         if (key, seed) in done:
             continue
         name, _, part = key.partition(", ")
@@ -176,7 +175,6 @@ def main(words=None):
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=15)
     p.add_argument("--tuning", type=int, default=2, help="epochs from the base")
-    p.add_argument("--again", action="store_true", help="also the base, for --epochs more")
     p.add_argument("--steps", type=int, default=20, help="of the margins, for each wrong class")
     p.add_argument("--val", type=int, default=1000, help="held-out images that offsets see")
     p.add_argument("--test", type=int, default=2000)
@@ -186,7 +184,7 @@ def main(words=None):
     args.held_out, args.per_class = HELD_OUT, None
     if args.rehearse:
         args.held_out, args.per_class, args.val, args.test = 10, 40, 50, 50
-        args.seeds, args.epochs, args.tuning, args.steps, args.again = [0], 1, 2, 2, True
+        args.seeds, args.epochs, args.tuning, args.steps = [0], 1, 2, 2
         args.autoattack, args.networks = min(args.autoattack, 20), args.runs
     torch.set_num_threads(1)
     record = frame(args)

@@ -60,7 +60,7 @@ def differing(kept, record, names):
     def today(v):
         return TrainCfg(**v) if isinstance(v, dict) and "eps" in v else v
 
-    return [k for k in names if today(kept[k]) != today(record[k])]
+    return [k for k in names if today(kept.get(k)) != today(record[k])]
 
 
 def trained(data, method, cfg, out=None, start=None):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from digits_cures import differing
 from scipy import stats
 from torch import nn
 
@@ -148,7 +149,7 @@ def main(words=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, default=ROOT / "nbs" / "results" / "digits_survival.json")
     p.add_argument("--epochs", type=int, default=100)
-    p.add_argument("--seeds", type=int, default=10)
+    p.add_argument("--seeds", type=int, default=6)
     p.add_argument("--eps", type=float, nargs="+", default=[0.225])
     p.add_argument("--show", action="store_true")
     args = p.parse_args(words)
@@ -159,7 +160,10 @@ def main(words=None):
     record.update(data=data.describe(), provenance=provenance("cpu"))
     record.update(controls={k: describe(v[0]) for k, v in CONTROLS.items()}, device="cpu", runs=[])
     if args.out.exists():
-        record["runs"] = json.loads(args.out.read_text())["runs"]
+        kept = json.loads(args.out.read_text())
+        if differ := differing(kept, record, ("epochs", "rise", "window", "images", "controls")):
+            raise SystemExit(f"{args.out} was made with another {', '.join(differ)}")
+        record["runs"] = kept["runs"]
     if args.show:
         for eps in args.eps:
             print(f"eps {eps}\n{columns(survival(record, eps))}")
