@@ -444,6 +444,48 @@ def test_a_clean_partner_is_an_image_of_its_class_or_of_any(digits, same):
     assert own == 80 if same else own < 40
 
 
+def test_a_step_shrinks_to_the_first_third_that_is_wrong(digits):
+    net = network()
+    run = Run(net, replace(CFG, attack="fgsm", eps=0.1), digits.train, epoch=1)
+    x, y = run.batch(torch.arange(80))
+    y = net(x).argmax(1)  # labels that hold until the image is moved
+    delta, given = run.attack(x, y) - x, []
+    run.net = lambda z: given.append(z) or run.model(z)
+    survival.Shrunk().step(run, x, y)
+    parts = []
+    for i in range(80):  # one image, one third after the other
+        steps = (k for k in (1, 2, 3) if net(x[i : i + 1] + k / 3 * delta[i]).argmax() != y[i])
+        parts.append(next(steps, 3))
+        torch.testing.assert_close(given[0][i], x[i] + parts[-1] / 3 * delta[i])
+    assert set(parts) == {1, 2, 3}
+
+
+def test_pco_mixes_an_images_last_attack_with_the_next_step_from_it(digits):
+    run = Run(network(), replace(CFG, attack="fgsm", smoothing=4 / 9), digits.train, epoch=1)
+    how, eps, given = survival.Fused(), run.cfg.eps, []
+    run.state = how.start(run)
+    first = run.state["last.delta"].clone()
+    assert set(first.unique().tolist()) == {-eps, eps} and len(first) == len(digits.train)
+    run.net = lambda z: given.append(z) or run.model(z)
+    x, y = run.batch(how.take(run, torch.arange(80)))
+    loss = how.step(run, x, y)
+    old, new, mixed = given
+    assert torch.equal(old, (x + first[:80]).clamp(0, 1))
+    assert (new - x).abs().max() <= eps + 1e-6 and not torch.allclose(new, old)
+    before, after, z = (run.model(v).detach() for v in given)
+    for i in range(80):
+        sure = before[i].exp()[y[i]] / before[i].exp().sum()
+        want = (1 - sure) * old[i] + sure * (x[i] + 1.5 * (new[i] - x[i]))
+        torch.testing.assert_close(mixed[i], want)
+    hot = torch.full((80, 10), 0.4 / 9)  # their label: .6, and the rest shared by the others
+    hot[torch.arange(80), y] = 0.6
+    plain = -(hot * z.log_softmax(1)).sum(1).mean()
+    unequal = ((after - before) ** 2).mean() - ((after - z) ** 2).mean()
+    assert loss.item() == pytest.approx((plain + 10 * unequal.abs()).item(), rel=1e-5)
+    assert torch.equal(run.state["last.delta"][:80], new - x)  # where it goes on from next time
+    assert torch.equal(run.state["last.delta"][80:], first[80:])
+
+
 @pytest.mark.parametrize(
     "risk, expected",
     [

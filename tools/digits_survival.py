@@ -6,11 +6,12 @@
     python tools/digits_survival.py --show       # survival table and log-rank tests of the record
 
 Controls take the mixture apart: lambda delta on the same image without a partner, a clean partner,
-a noise partner, partners of the same class or of any, labels hard or soft, label smoothing; N-FGSM,
-GradAlign and PGD are what the field uses. A run has collapsed when it has *lost* robustness: at
-the first epoch where the PGD-5 risk of 300 images that were not learnt, the mean of `WINDOW`
-epochs, lies `RISE` above its least such mean so far. All runs go on to the end; those that have
-not collapsed by then are censored. Rises are counted class by class, from the best epoch on.
+a noise partner, partners of the same class or of any, labels hard or soft, label smoothing. What
+the field has stands beside them: FGSM-RS, N-FGSM, GradAlign, the shrinking step of Kim et al.,
+FGSM-PCO, PGD. A run has collapsed when it has *lost* robustness: at the first epoch where the
+PGD-5 risk of 300 images that were not learnt, the mean of `WINDOW` epochs, lies `RISE` above its
+least such mean so far. All runs go on to the end; those that have not collapsed by then are
+censored. Rises are counted class by class, from the best epoch on.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from digits_cures import differing
 from scipy import stats
 from torch import nn
 
-from fairmix_nb.data import load, spread_subset
+from fairmix_nb.data import as_floats, load, spread_subset
 from fairmix_nb.methods import METHODS, Method, TrainCfg, describe
 from fairmix_nb.mixup import any_partner, mix, same_class_partners
 from fairmix_nb.models import Quarters, conv_bn, kaiming
@@ -60,20 +62,67 @@ class Apart(Method):
         return run.loss(z, mix(hot, [hot[j]], weights))
 
 
-CONTROLS = {  # name -> method, attack in training, label smoothing
-    "FGSM": (METHODS["at"], "fgsm", 0.0),
-    "same class": (Apart(), "fgsm", 0.0),
-    "any, hard label": (Apart(same=False), "fgsm", 0.0),
-    "any, soft label": (Apart(same=False, hard=False), "fgsm", 0.0),
-    "lambda delta, no partner": (Apart("self"), "fgsm", 0.0),
-    "clean partner, same class": (Apart("clean"), "fgsm", 0.0),
-    "clean partner, any": (Apart("clean", same=False), "fgsm", 0.0),
-    "noise partner": (Apart("noise"), "fgsm", 0.0),
-    "mixed before the attack": (METHODS["mix_attack"], "fgsm", 0.0),
-    "label smoothing .4": (METHODS["at"], "fgsm", 0.4),
-    "N-FGSM": (METHODS["at"], "nfgsm", 0.0),
-    "GradAlign": (METHODS["gradalign"], "fgsm", 0.0),
-    "PGD-7": (METHODS["at"], "pgd", 0.0),
+@dataclass(frozen=True)
+class Shrunk(Method):
+    "The attack cut to the first of `parts` equal parts that is wrong - Kim et al. 2021, c = parts"
+
+    parts: int = 3  # looked at; where none is wrong, the whole attack
+
+    def step(self, run, x, y):
+        delta, share = run.attack(x, y) - x, torch.ones(len(x), 1, 1, 1, device=x.device)
+        for k in range(self.parts - 1, 0, -1):  # the smallest is written last
+            found = run.probabilities(x + k / self.parts * delta).argmax(1)
+            share[found != y] = k / self.parts
+        return run.loss(run.logits(x + share * delta), y)
+
+
+@dataclass(frozen=True)
+class Fused(Method):
+    "FGSM-PCO: an image's last attack mixed with a step on from it - Wang et al. 2024"
+
+    reach: float = 1.5  # of the new perturbation in the mixture
+    weight: float = 10.0  # of the penalty on logits that lie unequally far from the new ones
+
+    def start(self, run):
+        x = as_floats(run.images.x)
+        noise = torch.rand(x.shape, generator=run.streams["attack"], device=x.device)
+        return {"last.turn": run.images.y[:0], "last.delta": run.cfg.eps * (noise - 0.5).sign()}
+
+    def take(self, run, idx):
+        run.state["last.turn"] = idx
+        return idx
+
+    def step(self, run, x, y):
+        idx, kept = run.state["last.turn"], run.state["last.delta"]
+        old = (x + kept[idx]).clamp(0, 1)
+        new = run.attack(x, y, start=old, loss=run.loss)
+        kept[idx] = new - x
+        before, after = run.logits(old), run.logits(new)
+        sure = before.detach().softmax(1).gather(1, y[:, None]).view(-1, 1, 1, 1)
+        z = run.logits((1 - sure) * old + sure * (x + self.reach * (new - x)))
+        unequal = (F.mse_loss(after, before) - F.mse_loss(after, z)).abs()
+        return run.loss(z, y).mean() + self.weight * unequal
+
+
+AT, FGSM = METHODS["at"], dict(attack="fgsm")
+RANDOM = dict(attack="pgd", steps=1, step_size=1.25)  # of the radius: FGSM-RS, Wong et al. 2020
+CONTROLS = {  # name -> method, what it changes in the recipe
+    "FGSM": (AT, FGSM),
+    "same class": (Apart(), FGSM),
+    "any, hard label": (Apart(same=False), FGSM),
+    "any, soft label": (Apart(same=False, hard=False), FGSM),
+    "lambda delta, no partner": (Apart("self"), FGSM),
+    "clean partner, same class": (Apart("clean"), FGSM),
+    "clean partner, any": (Apart("clean", same=False), FGSM),
+    "noise partner": (Apart("noise"), FGSM),
+    "mixed before the attack": (METHODS["mix_attack"], FGSM),
+    "label smoothing .4": (AT, FGSM | dict(smoothing=0.4)),
+    "FGSM-RS": (AT, RANDOM),
+    "shrinking step": (Shrunk(), RANDOM),
+    "FGSM-PCO": (Fused(), FGSM | dict(smoothing=4 / 9)),  # .6 for the label, the rest is shared
+    "GradAlign": (METHODS["gradalign"], FGSM),
+    "N-FGSM": (AT, dict(attack="nfgsm")),
+    "PGD-7": (AT, dict(attack="pgd")),
 }
 
 
@@ -97,11 +146,13 @@ def fate(risk):
 
 def one(name, eps, seed, epochs):
     "Train to the end; the risks of every epoch, the collapse, and what each class lost by it."
-    method, attack, smoothing = CONTROLS[name]
+    method, recipe = CONTROLS[name]
     data = load("digits", seed, progress=False)
     images = spread_subset(data.test, SEEN)
     how = dict(epochs=epochs, batch=64, lr=1e-3, schedule=("constant",), seed=seed)
-    cfg = TrainCfg(eps=eps, attack=attack, smoothing=smoothing, **how)
+    if "step_size" in recipe:
+        recipe = recipe | dict(step_size=eps * recipe["step_size"])
+    cfg = TrainCfg(eps=eps, **how, **recipe)
     net, wrong = network(seed), dict(fgsm=[], pgd=[])  # images in all; of each class
 
     def on_epoch(row):
@@ -158,10 +209,15 @@ def main(words=None):
     data = load("digits", 0, progress=False)
     record.update(rise=RISE, window=WINDOW, images=len(spread_subset(data.test, SEEN)))
     record.update(data=data.describe(), provenance=provenance("cpu"))
-    record.update(controls={k: describe(v[0]) for k, v in CONTROLS.items()}, device="cpu", runs=[])
+    record.update(controls={k: describe(m) | dict(recipe=r) for k, (m, r) in CONTROLS.items()})
+    record.update(device="cpu", runs=[])
     if args.out.exists():
         kept = json.loads(args.out.read_text())
-        if differ := differing(kept, record, ("epochs", "rise", "window", "images", "controls")):
+        known = {
+            k: v for k, v in record["controls"].items() if k in kept["controls"]
+        }  # some are new
+        names = ("epochs", "rise", "window", "images", "controls")
+        if differ := differing(kept, record | dict(controls=known), names):
             raise SystemExit(f"{args.out} was made with another {', '.join(differ)}")
         record["runs"] = kept["runs"]
     if args.show:
@@ -174,9 +230,9 @@ def main(words=None):
             for name in CONTROLS:
                 if (name, eps, seed) in done:
                     continue
-                record["runs"].append(one(name, eps, seed, args.epochs))
+                record["runs"].append(r := one(name, eps, seed, args.epochs))
+                record["runs"].sort(key=lambda r: (r["seed"], list(CONTROLS).index(r["control"])))
                 write_aside(args.out, json.dumps(record))
-                r = record["runs"][-1]
                 said = f"collapsed at {r['epoch']}" if r["collapsed"] else "stands"
                 spent = time.perf_counter() - start
                 print(f"{spent:.0f} s: {name}, {eps}, seed {seed}: {said}", flush=True)
