@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .train import FRESH, fit, tunes
+from .train import FRESH, fit
 from .train import resume as resume_fit
 
 from .mend import mend as mend_offsets
@@ -138,7 +138,7 @@ def tiny(data):
 @contextlib.contextmanager
 def told_before(plan, method):
     "A run does not say again what `check_starts` has said of its first weights."
-    if not (plan.start_from or isinstance(method, Method) and tunes(method)):
+    if not (plan.start_from or getattr(method, "tunes", False)):
         yield
         return
     with warnings.catch_warnings():
@@ -349,7 +349,7 @@ def check_starts(plan, first, part, seeds):
     "Refuse first weights that have seen test images of a seed; what is not known of them, once."
     found = []
     if not plan.start_from:
-        tuned = [n for n, m in plan.methods.items() if isinstance(m, Method) and tunes(m)]
+        tuned = [n for n, m in plan.methods.items() if getattr(m, "tunes", False)]
         found = [f"{', '.join(tuned)}: {FRESH}"] if tuned else []
     for name, m in plan.methods.items():
         if plan.start_from and not (isinstance(m, Method) or takes_start(m)):

@@ -177,6 +177,8 @@ class FRL(Cure):
 
     radii: ClassVar[bool] = True
     validates: ClassVar[bool] = True
+    tunes: ClassVar[bool] = True
+    by_slice: ClassVar[bool] = True
 
     beta: float | None = 1.5  # weight of TRADES's divergence
     slack: float = 0.07  # excess over the class mean that is allowed; their tau
@@ -337,6 +339,14 @@ class WorstCase(Cure):
     def validates(self):
         return self.adversary == "hedge"
 
+    @property
+    def tunes(self):
+        return self.adversary == "kl"
+
+    @property
+    def by_slice(self):
+        return self.adversary in ("kl", "std", "variance")
+
     def check(self, run):
         super().check(run)
         most = 1 / math.sqrt(run.n_cls - 1)
@@ -456,6 +466,8 @@ def spectral_gradient(m):
 class ConfSR(Cure):
     "Mistakes weighed by how much they add to the confusion matrix's norm - Jin et al. 2025"
 
+    tunes: ClassVar[bool] = True
+
     beta: float | None = 6.0  # weight of TRADES's divergence
     share: float = 0.3  # of the weighed loss of attacked images, in [0, 1]; clean ones: the rest
     shrink: float = 0.9  # factor of the right logit before mistakes are counted, in [0, 1]
@@ -526,6 +538,7 @@ class SKG(Cure):
     "One step from the last batch's; labels relaxed by class accuracy - Jiang et al. 2024"
 
     only_at: ClassVar[bool] = True
+    by_slice: ClassVar[bool] = True
 
     pull: float = 1.0  # weight of the squared difference of clean and attacked logits
 

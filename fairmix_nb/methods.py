@@ -48,6 +48,8 @@ class Method(Named):
     "A training method: its fields are its hyper-parameters, its memory lives in the run"
 
     kinds: ClassVar[dict] = {}  # name -> class, to read a checkpoint back
+    tunes: ClassVar[bool] = False  # published as a fine-tuning of a robust network
+    by_slice: ClassVar[bool] = False  # a loss with means over the batch: each process has its own
 
     def __init_subclass__(cls):
         Method.kinds[cls.__name__] = cls
@@ -608,6 +610,8 @@ class Averaged(Method):
     gate: float | None = None  # an epoch whose worst validation class exceeds this risk is skipped
 
     def __post_init__(self):
+        for name in ("tunes", "by_slice"):
+            object.__setattr__(self, name, getattr(self.inner, name))
         one_of("every", self.every, ("step", "epoch"))
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must lie in (0, 1), got {self.decay}")

@@ -31,9 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 # %% ../nbs/25_ranks.ipynb #cfa82812
 from .attacks import patch
-from .cures import FRL, SKG
 from .data import Data, batches
-from .methods import Averaged, Method, TrainCfg, method_of
+from .methods import Method, TrainCfg, method_of
 from .records import pick_device, write_aside
 from .runs import load_checkpoint
 from .train import Alone, Fit, cut_of, fit
@@ -169,16 +168,6 @@ def check_ranks(cfg, method, size, shard, sync_bn, device, compile):
         raise ValueError(f"batch must give each process at least 2 images to mix, got {cfg.batch}")
 
 
-def by_slice(method):
-    "A loss with means over the batch: several processes take them over a slice each."
-    if isinstance(method, Averaged):
-        return by_slice(method.inner)
-    return isinstance(method, (FRL, SKG)) or getattr(method, "adversary", "") in BY_BATCH
-
-
-BY_BATCH = ("kl", "std", "variance")  # of `WorstCase`
-
-
 def start_or_resume(resuming, model, data, cfg, method, out, ranks, **kwargs):
     "`fit`, or `resume` with as many processes as before: others would draw other random numbers"
     if not resuming:
@@ -216,7 +205,7 @@ def fit_ranks(
     with process_group(device, timeout) as (rank, size):
         check_ranks(cfg, method_of(method), size, shard, sync_bn, device, kwargs.get("compile"))
         ranks = Ranks(rank, size, len(data.train), shard, sync_bn) if size > 1 else Alone()
-        if size > 1 and rank == 0 and by_slice(method_of(method)):
+        if size > 1 and rank == 0 and method_of(method).by_slice:
             says = f"the loss takes means over a batch, here over each of {size} slices of it"
             warnings.warn(f"{says}: this run is not that of one process", stacklevel=2)
         net = model

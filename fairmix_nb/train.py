@@ -21,9 +21,9 @@ from torch import nn
 
 # %% ../nbs/16_train.ipynb #6c7e544d
 from .attacks import Threat, one_of
-from .cures import FRL, ConfSR
+from .cures import CURES  # noqa: F401  `fit` knows them by name
 from .data import Data, ImageSet, batches, spread_subset
-from .methods import Averaged, Method, Run, TrainCfg, alignment, describe, described
+from .methods import Method, Run, TrainCfg, alignment, describe, described
 from .methods import learning_rate, make_streams, method_of
 from .records import digest, pick_device, progress_bar
 from .models import check_logits, copied, dice, fold_batchnorm, layout_of
@@ -113,18 +113,11 @@ def new_run(model, data, cfg, ranks, device):
 FRESH = "the method is a fine-tuning of a robust network: without start_from it trains from scratch"
 
 
-def tunes(method):
-    "Published as a fine-tuning: it goes on from a robust network."
-    if isinstance(method, Averaged):
-        return tunes(method.inner)
-    return isinstance(method, (FRL, ConfSR)) or getattr(method, "adversary", "") == "kl"
-
-
 def load_start(model, data, method, start_from=None, resume_from=None, tell=True):
     "Put the weights that a run begins with into `model`; for the record, their digest and a note"
     if resume_from:
         return {k: resume_from.get(k) for k in ("start_from", "start_note")}
-    weights, note = None, FRESH if tunes(method) else ""
+    weights, note = None, FRESH if method.tunes else ""
     if start_from is not None:
         weights, found = read_weights(start_from)
         note = check_start(found, data, start_from)
