@@ -81,6 +81,10 @@ def test_structure_masks_numbers_only(tmp_path):
     assert run("--check", path).returncode == 0
     path.write_text(text.replace("print('risk 0.31')", "print('gain 0.31')"))
     assert run("--check", path).returncode == 1
+    path = notebook(path, "#| structure\nprint('[0.24, 0.58]')")
+    assert run(path).returncode == 0
+    path.write_text(path.read_text().replace("print('[0.24, 0.58]')", "print('[0.22, 0.6 ]')"))
+    assert run("--check", path).returncode == 0  # as NumPy pads
 
 
 def test_readme_is_current():
