@@ -501,6 +501,12 @@ def test_a_collapse_is_robustness_lost(risk, expected):
     assert survival.fate(risk) == expected
 
 
+def test_a_step_of_fgsm_rs_grows_with_the_radius():
+    method, recipe = survival.setting("FGSM-RS", 0.2, 3, 7)
+    assert (recipe.attack, recipe.steps, recipe.seed, recipe.epochs) == ("pgd", 1, 3, 7)
+    assert recipe.step_size == pytest.approx(0.25) and method == survival.AT
+
+
 def test_survival_counts_censored_runs_and_compares_with_fgsm():
     fates = {"FGSM": [(e, True) for e in (5, 6, 7, 8, 9)], "N-FGSM": [(100, False)] * 5}
     fates["same class"] = [(60, True)] + [(100, False)] * 4

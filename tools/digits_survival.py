@@ -137,24 +137,34 @@ def network(seed):
         return kaiming(nn.Sequential(*convs, Quarters(), nn.Flatten(), nn.Linear(256, 10)))
 
 
+def smooth(risk):
+    "Means of `WINDOW` neighbouring looks; each is known at the end of its window."
+    return np.convolve(risk, np.ones(WINDOW) / WINDOW, "valid")
+
+
 def fate(risk):
     "Of risks `(looks,)`: the best look and that of the collapse or None, counted from 1."
-    mean = np.convolve(risk, np.ones(WINDOW) / WINDOW, "valid")  # known at the end of its window
+    mean = smooth(risk)
     lost = mean > np.minimum.accumulate(mean) + RISE
     end = int(lost.argmax()) if lost.any() else len(mean)
     best = int(mean[:end].argmin()) + WINDOW
     return best, end + WINDOW if lost.any() else None
 
 
-def one(name, eps, seed, epochs):
-    "Train to the end; the risks of every epoch, the collapse, and what each class lost by it."
+def setting(name, eps, seed, epochs):
+    "Method and recipe of a control."
     method, recipe = CONTROLS[name]
-    data = load("digits", seed, progress=False)
-    images = spread_subset(data.test, SEEN)
-    how = dict(epochs=epochs, batch=64, lr=1e-3, schedule=("constant",), seed=seed)
     if "step_size" in recipe:
         recipe = recipe | dict(step_size=eps * recipe["step_size"])
-    cfg = TrainCfg(eps=eps, **how, **recipe)
+    how = dict(epochs=epochs, batch=64, lr=1e-3, schedule=("constant",), seed=seed)
+    return method, TrainCfg(eps=eps, **how, **recipe)
+
+
+def one(name, eps, seed, epochs):
+    "Train to the end; the risks of every look, the collapse, and what each class lost by it."
+    method, cfg = setting(name, eps, seed, epochs)
+    data = load("digits", seed, progress=False)
+    images = spread_subset(data.test, SEEN)
     net, wrong = network(seed), {k: [] for k in ATTACKS}  # images of each class
 
     def on_epoch(row):
